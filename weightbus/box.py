@@ -1,0 +1,94 @@
+"""Hyper-rectangles of a tensor, in elements of its global shape. Pure integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from weightbus.errors import CoverageError
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Offsets and sizes, one of each per axis of the global shape; a 0-d tensor has neither."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def volume(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(o + n for o, n in zip(self.offsets, self.sizes, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The elements of both, or None where there are none."""
+        lows = tuple(map(max, self.offsets, other.offsets))
+        sizes = tuple(high - low for high, low in zip(map(min, self.ends, other.ends), lows, strict=True))
+        return None if any(n <= 0 for n in sizes) else Box(lows, sizes)
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """Index of this box in an array that holds exactly ``outer``."""
+        return tuple(
+            slice(o - base, o - base + n)
+            for o, base, n in zip(self.offsets, outer.offsets, self.sizes, strict=True)
+        )
+
+    def inside(self, shape: Sequence[int]) -> bool:
+        return len(shape) == len(self.sizes) and all(
+            0 <= o and 0 <= n and o + n <= whole
+            for o, n, whole in zip(self.offsets, self.sizes, shape, strict=True)
+        )
+
+    def split(self, max_elements: int) -> list[Box]:
+        """Pieces of at most ``max_elements`` elements, in row-major order, each a run of whole rows
+        of the box where the limit allows that; so that pieces of a contiguous box are contiguous."""
+        if self.volume <= max_elements:
+            return [self]
+        axis = next(a for a, n in enumerate(self.sizes) if n > 1)
+        step = max(1, max_elements // math.prod(self.sizes[axis + 1 :]))
+        pieces = []
+        for start in range(0, self.sizes[axis], step):
+            size = min(step, self.sizes[axis] - start)
+            piece = Box(
+                self.offsets[:axis] + (self.offsets[axis] + start,) + self.offsets[axis + 1 :],
+                self.sizes[:axis] + (size,) + self.sizes[axis + 1 :],
+            )
+            pieces += piece.split(max_elements)
+        return pieces
+
+    def __str__(self) -> str:
+        spans = zip(self.offsets, self.ends, strict=True)
+        return "[" + ", ".join(f"{low}:{high}" for low, high in spans) + "]"
+
+
+def check_exact_cover(name: str, shape: Sequence[int], boxes: Iterable[Box], where: str) -> None:
+    """Raise CoverageError unless the boxes hold each element of ``shape`` exactly once."""
+    whole = Box.whole(shape)
+    present = [box for box in boxes if box.volume]
+    for box in present:
+        if not box.inside(shape):
+            raise CoverageError(f"{name}: box {box} lies outside shape {tuple(shape)}; {where}")
+    held = sum(box.volume for box in present)
+    if held != whole.volume:
+        verb = "leave out" if held < whole.volume else "repeat"
+        raise CoverageError(
+            f"{name}: expected boxes of {whole.volume} elements in all, got {held}: they {verb} "
+            f"{abs(whole.volume - held)}; {where}"
+        )
+    # Equal volume leaves overlaps only together with gaps. Sorted by the first axis, a box can only
+    # meet those that start before it ends, so shards along that axis cost n log n.
+    present.sort(key=lambda box: box.offsets)
+    for i, box in enumerate(present):
+        for other in present[i + 1 :]:
+            if box.offsets and other.offsets[0] >= box.ends[0]:
+                break
+            if (overlap := box.intersect(other)) is not None:
+                raise CoverageError(f"{name}: boxes {box} and {other} both hold {overlap}; {where}")

@@ -1,0 +1,29 @@
+"""The one family of errors. Texts read: *name: expected X, got Y; where.*"""
+
+
+class WeightbusError(RuntimeError):
+    """Base of every error that weightbus raises on purpose."""
+
+
+class SpecError(WeightbusError, ValueError):
+    """A name, shape, dtype or placement that cannot be moved; nothing has been written."""
+
+
+class CoverageError(SpecError):
+    """Boxes that leave out elements of a tensor, or hold them twice; nothing has been written."""
+
+
+class ProtocolError(WeightbusError):
+    """A message that the schema, the epoch or the state of an update does not allow."""
+
+
+class HubError(WeightbusError):
+    """The hub cannot be reached, or it refused this rank."""
+
+
+class UpdateError(WeightbusError):
+    """An update or a check ended without a commit; the text names each failing rank."""
+
+
+class TornError(UpdateError):
+    """An update failed after bytes had moved: the named server ranks hold a mixture."""
