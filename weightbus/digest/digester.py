@@ -166,9 +166,28 @@ def _plain(part: Part) -> Part:
 
 
 def _implementation(parts: list[Part], device: torch.device) -> _Sums:
+    try:
+        if device.type == "cpu":
+            from weightbus.digest.cpu import CpuSums
+
+            return CpuSums(parts)
+        if device.type == "cuda":
+            from weightbus.digest.cuda import CudaSums
+
+            return CudaSums(parts)
+        _say_once(f"no fast digest for device type {device.type}")
+    except ImportError as error:
+        cure = (
+            "install weightbus where a C++17 compiler is found"
+            if device.type == "cpu"
+            else f"pip install 'weightbus[cuda{(torch.version.cuda or '13').split('.')[0]}]'"
+        )
+        _say_once(f"no fast digest on {device.type} ({error}); cure: {cure}")
+    except NotImplementedError as error:
+        _say_once(f"no fast digest for these tensors ({error})")
     return ReferenceSums(parts)
 
 
 @lru_cache(maxsize=None)
-def _warn_once(text: str) -> None:
-    _log.warning(text)
+def _say_once(reason: str) -> None:
+    _log.warning("weightbus digests with torch operations, exact but slower: %s", reason)

@@ -18,7 +18,7 @@ from weightbus.box import Box
 from weightbus.digest.grid61 import P, axis_keys, outer_axes
 from weightbus.layout import Part
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 17
 
 
 class ReferenceSums:

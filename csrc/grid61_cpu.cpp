@@ -1,0 +1,245 @@
+// grid61 on the CPU, as the Python extension weightbus.digest._grid61. No torch or numpy headers.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "grid61.h"
+#include "sha256.h"
+
+using namespace grid61;
+
+namespace {
+
+constexpr i64 kBlock = 1024;  // words whose products are summed before one reduction; their keys fit in L1
+
+struct Sums {
+  u64 lane[kLanes];
+};
+
+// What one call needs of the seed's keys.
+struct Tables {
+  i64 axes;
+  std::vector<u64> powers;         // as in grid61.h
+  std::vector<u64> words[kLanes];  // the row key's powers 0 ... kBlock - 1
+  u64 block[kLanes];               // its power kBlock
+};
+
+Tables make_tables(const u64* keys, i64 axes) {
+  Tables tables;
+  tables.axes = axes;
+  tables.powers.resize(kLanes * axes * kTablePerAxis);
+  for (i64 place = 0; place < kLanes * axes * kDigits; ++place) {
+    u64* entry = &tables.powers[place << kDigitBits];
+    u64 base = table_entry(keys, (place << kDigitBits) + 1);
+    entry[0] = 1;
+    for (int d = 1; d < 1 << kDigitBits; ++d) entry[d] = multiply(entry[d - 1], base);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    u64 power = 1;
+    tables.words[lane].resize(kBlock);
+    for (u64& word : tables.words[lane]) {
+      word = power;
+      power = multiply(power, keys[lane * axes]);
+    }
+    tables.block[lane] = power;
+  }
+  return tables;
+}
+
+u32 load_word(const unsigned char* p) {
+  u32 word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
+u32 load_bytes(const unsigned char* p, i64 low, i64 high) {  // of one word; the others are not read
+  u32 word = 0;
+  for (i64 b = low; b < high; ++b) word |= (u32)p[b] << (8 * b);
+  return word;
+}
+
+// A sum of up to kBlock products of a word and a key.
+struct Wide {
+#if defined(__SIZEOF_INT128__)
+  unsigned __int128 sum = 0;  // below 2**103
+  void add_product(u64 word, u64 key) { sum += (unsigned __int128)word * key; }
+  u64 reduced() const { return add((u64)sum & P, (u64)(sum >> 61)); }
+#else
+  u64 sum = 0;
+  void add_product(u64 word, u64 key) { sum = add(sum, multiply(word, key)); }
+  u64 reduced() const { return sum; }
+#endif
+};
+
+// Sums of bytes [lead, end) after p, of which the first word has power 0.
+Sums run_sums(const unsigned char* p, i64 lead, i64 end, const Tables& tables) {
+  Sums total = {{0, 0}};
+  u64 scale[kLanes] = {1, 1};
+  const u64 *key0 = tables.words[0].data(), *key1 = tables.words[1].data();
+  i64 words = end / 4;
+  for (i64 base = 0; base * 4 < end; base += kBlock) {
+    Wide sum0, sum1;
+    i64 stop = std::min(words - base, kBlock), i = 0;
+    const unsigned char* q = p + 4 * base;
+    if (base == 0 && lead) {
+      sum0.sum = sum1.sum = load_bytes(q, lead, std::min<i64>(end, 4));
+      i = 1;
+    }
+    for (; i < stop; ++i) {
+      u64 word = load_word(q + 4 * i);
+      sum0.add_product(word, key0[i]);
+      sum1.add_product(word, key1[i]);
+    }
+    if (stop < kBlock && end % 4 && i <= stop) {  // i > stop: the leading word was the last one too
+      u64 word = load_bytes(q + 4 * stop, 0, end % 4);
+      sum0.add_product(word, key0[stop]);
+      sum1.add_product(word, key1[stop]);
+    }
+    u64 sums[kLanes] = {sum0.reduced(), sum1.reduced()};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      total.lane[lane] = add(total.lane[lane], base ? multiply(sums[lane], scale[lane]) : sums[lane]);
+      if (end > 4 * (base + kBlock)) scale[lane] = multiply(scale[lane], tables.block[lane]);
+    }
+  }
+  return total;
+}
+
+Sums tile_sums(const Segment& segment, u32 index, const Tables& tables) {
+  Tile tile = tile_at(segment, index);
+  Sums total = {{0, 0}};
+  u64 step[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    step[lane] = power(tables.powers.data(), tables.axes, lane, segment.row_axis, (u64)segment.row_exponent);
+  }
+  for (i64 row = tile.rows - 1; row >= 0; --row) {
+    Sums run = run_sums(tile.address + row * segment.row_stride, tile.lead, tile.end, tables);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      total.lane[lane] = add(multiply(total.lane[lane], step[lane]), run.lane[lane]);
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    u64 factor = tile_factor(segment, index, tables.powers.data(), tables.axes, lane);
+    total.lane[lane] = multiply(total.lane[lane], factor);
+  }
+  return total;
+}
+
+void digest(const Segment* segments, i64 segment_count, i64 tiles, const u64* keys, i64 axes, u64* out,
+            i64 out_count, i64 threads) {
+  const Tables tables = make_tables(keys, axes);
+  std::atomic<i64> next{0};
+  std::vector<std::vector<u64>> sums;
+  for (i64 t = 0; t < std::max<i64>(1, std::min(threads, tiles)); ++t) sums.emplace_back(out_count, 0);
+  auto work = [&](u64* mine) {
+    for (i64 tile; (tile = next.fetch_add(1)) < tiles;) {
+      const Segment& segment =
+          *(std::upper_bound(segments, segments + segment_count, tile,
+                             [](i64 number, const Segment& s) { return number < s.first_tile; }) -
+            1);
+      Sums found = tile_sums(segment, (u32)(tile - segment.first_tile), tables);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        u64& sum = mine[kLanes * segment.part + lane];
+        sum = add(sum, found.lane[lane]);
+      }
+    }
+  };
+  std::vector<std::thread> others;
+  for (size_t t = 1; t < sums.size(); ++t) {
+    try {
+      others.emplace_back(work, sums[t].data());
+    } catch (const std::system_error&) {
+      break;  // No more threads to be had: those that started do it all.
+    }
+  }
+  work(sums[0].data());
+  for (std::thread& thread : others) thread.join();
+  for (i64 i = 0; i < out_count; ++i) {
+    out[i] = 0;
+    for (const std::vector<u64>& mine : sums) out[i] = add(out[i], mine[i]);
+  }
+}
+
+u64 fold_key(const unsigned char* seed, int lane, const char* name, size_t length) {
+  static const char kLabel[] = "weightbus fold v1";  // its final NUL belongs to it
+  unsigned char lane_byte = (unsigned char)lane, hash[32];
+  Sha256 sha;
+  sha.update(kLabel, sizeof kLabel);
+  sha.update(seed, 32);
+  sha.update(&lane_byte, 1);
+  sha.update(name, length);
+  sha.finish(hash);
+  u64 half[2] = {0, 0};
+  for (int i = 0; i < 16; ++i) half[i / 8] |= (u64)hash[i] << (8 * (i % 8));
+  // 2**64 = 8 mod P; each half is below 8 P + 8, so that two additions reduce it.
+  u64 low = add(half[0] & P, half[0] >> 61), high = add(half[1] & P, half[1] >> 61);
+  return add(low, multiply(high, 8));
+}
+
+PyObject* py_sums(PyObject*, PyObject* args) {
+  Py_buffer segments, keys, out;
+  long long tiles, threads;
+  if (!PyArg_ParseTuple(args, "y*Ly*w*L", &segments, &tiles, &keys, &out, &threads)) return nullptr;
+  bool sound = segments.len % sizeof(Segment) == 0 && keys.len % (kLanes * 8) == 0 && out.len % (kLanes * 8) == 0;
+  if (sound) {
+    Py_BEGIN_ALLOW_THREADS;
+    digest((const Segment*)segments.buf, segments.len / sizeof(Segment), tiles, (const u64*)keys.buf,
+           keys.len / 8 / kLanes, (u64*)out.buf, out.len / 8, threads);
+    Py_END_ALLOW_THREADS;
+  }
+  PyBuffer_Release(&segments);
+  PyBuffer_Release(&keys);
+  PyBuffer_Release(&out);
+  if (sound) Py_RETURN_NONE;
+  PyErr_SetString(PyExc_ValueError, "_grid61.sums: expected whole Segments, keys and sums of both lanes");
+  return nullptr;
+}
+
+PyObject* py_fold(PyObject*, PyObject* args) {
+  PyObject* list;
+  Py_buffer sums;
+  const char* seed;
+  Py_ssize_t seed_length;
+  if (!PyArg_ParseTuple(args, "Oy*y#", &list, &sums, &seed, &seed_length)) return nullptr;
+  u64 total[kLanes] = {0, 0};
+  PyObject* names = PySequence_Fast(list, "_grid61.fold: expected a sequence of names");
+  bool sound = names != nullptr;
+  if (sound && (seed_length != 32 || sums.len != PySequence_Fast_GET_SIZE(names) * kLanes * 8)) {
+    PyErr_SetString(PyExc_ValueError, "_grid61.fold: expected 32 bytes of seed and two sums for each name");
+    sound = false;
+  }
+  for (Py_ssize_t i = 0; sound && i < PySequence_Fast_GET_SIZE(names); ++i) {
+    Py_ssize_t length;
+    const char* name = PyUnicode_AsUTF8AndSize(PySequence_Fast_GET_ITEM(names, i), &length);
+    sound = name != nullptr;
+    for (int lane = 0; sound && lane < kLanes; ++lane) {
+      u64 key = fold_key((const unsigned char*)seed, lane, name, (size_t)length);
+      total[lane] = add(total[lane], multiply(((const u64*)sums.buf)[kLanes * i + lane], key));
+    }
+  }
+  Py_XDECREF(names);
+  PyBuffer_Release(&sums);
+  return sound ? Py_BuildValue("(KK)", total[0], total[1]) : nullptr;
+}
+
+PyMethodDef kMethods[] = {
+    {"sums", py_sums, METH_VARARGS, "sums(segments, tiles, keys, out, threads): both lanes' sums of each part"},
+    {"fold", py_fold, METH_VARARGS, "fold(names, sums, seed): both lanes' folded sums"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_grid61", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__grid61() {
+  PyObject* module = PyModule_Create(&kModule);
+  if (module && PyModule_AddIntConstant(module, "SEGMENT_BYTES", sizeof(Segment)) < 0) Py_CLEAR(module);
+  return module;
+}

@@ -1,0 +1,199 @@
+"""Where a part's bytes lie, as regular sets of runs, cut into tiles: what both fast implementations read.
+
+The fields and their meaning are those of ``Segment`` and ``Slot`` in csrc/grid61.h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+from weightbus.digest.grid61 import outer_axes
+from weightbus.layout import Part
+
+WORD = 4
+VECTOR = 16
+SLOTS = 16
+_FIELDS = 14
+_SLOT_FIELDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """Runs repeat ``count`` times, ``stride`` bytes apart; each step multiplies by key[axis]**exponent."""
+
+    count: int
+    stride: int
+    axis: int
+    exponent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A regular set of byte runs, [lead, end) after ``address``; ``lead`` bytes of the first word precede it.
+
+    starts: exponent of each canonical axis's key at the first word.
+    """
+
+    address: int
+    lead: int
+    end: int
+    starts: dict[int, int]
+    dims: tuple[Dim, ...]
+
+    def cut(self, low: int, high: int) -> Runs:
+        """Bytes [low, high) of each run; ``low`` is a multiple of a word."""
+        starts = {**self.starts, 0: self.starts[0] + low // WORD}
+        return replace(
+            self, address=self.address + low, lead=0 if low else self.lead, end=high - low, starts=starts
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """How tiles are cut. threads: vectors of a strip that are read at once; 1 walks run by run."""
+
+    strip_bytes: int
+    tile_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """table: int64 array of shape (segments, fields of Segment). axes: canonical axes that have keys."""
+
+    table: npt.NDArray[np.int64]
+    first_tiles: npt.NDArray[np.int64]
+    tiles: int
+    axes: int
+
+
+def runs_of(part: Part) -> list[Runs]:
+    """The part's bytes as sets of runs with one phase each; empty for no elements."""
+    tensor, box, shape = part.tensor, part.box, part.spec.shape
+    if box.volume == 0:
+        return []
+    itemsize = tensor.element_size()
+    strides = [step * itemsize for step in tensor.stride()]
+    outer = outer_axes(shape, itemsize)
+    starts = {outer - axis: box.offsets[axis] for axis in range(outer) if box.offsets[axis]}
+    dims = [
+        Dim(box.sizes[axis], strides[axis], outer - axis, 1) for axis in range(outer) if box.sizes[axis] > 1
+    ]
+    run, place, pitch = itemsize, 0, itemsize
+    inner: list[tuple[int, int, int]] = []  # count, stride, pitch in the row: what the run can't take in
+    for axis in reversed(range(outer, len(shape))):
+        count, stride = box.sizes[axis], strides[axis]
+        place += box.offsets[axis] * pitch
+        if count > 1:
+            if not inner and stride == run == pitch:
+                run *= count
+            elif inner and (stride, pitch) == (inner[-1][0] * inner[-1][1], inner[-1][0] * inner[-1][2]):
+                inner[-1] = (inner[-1][0] * count, *inner[-1][1:])
+            else:
+                inner.append((count, stride, pitch))
+        pitch *= shape[axis]
+    # Pieces whose pitch is no multiple of a word take turns through 2 or 4 phases: one set for each.
+    turns = [WORD // math.gcd(pitch, WORD) for _, _, pitch in inner]
+    found = []
+    for turn in product(*map(range, turns)):
+        begin, address, row_dims = place, tensor.data_ptr(), []
+        for first, step, (count, stride, pitch) in zip(turn, turns, inner, strict=True):
+            begin += first * pitch
+            address += first * stride
+            row_dims.append(Dim(-(-(count - first) // step), stride * step, 0, pitch * step // WORD))
+        if all(dim.count > 0 for dim in row_dims):
+            lead = begin % WORD
+            many = tuple(dim for dim in (*dims, *row_dims) if dim.count > 1)
+            found.append(Runs(address - lead, lead, lead + run, {**starts, 0: begin // WORD}, many))
+    return found
+
+
+def segments_of(parts: Sequence[Part], tiling: Tiling) -> Segments:
+    """All parts' runs in tiles. Raises NotImplementedError for a part that needs more than SLOTS slots."""
+    rows: list[tuple[int, ...]] = []
+    first_tiles = []
+    tiles, axes = 0, 1
+    for number, part in enumerate(parts):
+        for runs in runs_of(part):
+            axes = max(axes, 1 + max((*runs.starts, *(dim.axis for dim in runs.dims))))
+            for piece in _pieces(runs, tiling):
+                row, count = _segment(piece, tiling, tiles, number)
+                rows.append(row)
+                first_tiles.append(tiles)
+                tiles += count
+    width = _FIELDS + SLOTS * _SLOT_FIELDS
+    return Segments(
+        np.array(rows, dtype=np.int64).reshape(len(rows), width), np.array(first_tiles, np.int64), tiles, axes
+    )
+
+
+def _pieces(runs: Runs, tiling: Tiling) -> Iterator[Runs]:
+    """Runs as whole strips and remainders, so that the threads over a short remainder read rows abreast."""
+    if tiling.threads == 1:
+        yield runs
+        return
+    strip = tiling.strip_bytes
+    pieces = [runs]
+    longest = max((dim.count for dim in runs.dims), default=1)
+    if longest < min(64, runs.end // strip):
+        # Few long runs: walk along the run, as over rows of up to 8 strips.
+        pitch = strip << min(3, max(0, (runs.end // strip // 32).bit_length() - 1))
+        head = pitch if runs.lead else 0
+        rows = (runs.end - head) // pitch
+        body = runs.cut(head, head + pitch)
+        body = replace(body, dims=(*body.dims, Dim(rows, pitch, 0, pitch // WORD)))
+        tail = head + rows * pitch
+        pieces = [body] if rows else []
+        pieces += [runs.cut(0, head)] if head else []
+        pieces += [runs.cut(tail, runs.end)] if tail < runs.end else []
+    for piece in pieces:
+        whole = piece.end // strip * strip
+        if whole:
+            yield piece.cut(0, whole)
+        if whole < piece.end:
+            yield piece.cut(whole, piece.end)
+
+
+def _segment(runs: Runs, tiling: Tiling, first_tile: int, part: int) -> tuple[tuple[int, ...], int]:
+    """One row of the table, and its number of tiles."""
+    dims = list(runs.dims)
+    walk = Dim(1, 0, 0, 0)
+    if dims:
+        # Short runs are read abreast, so they should be neighbors; long ones want the longest walk.
+        many = [dim for dim in dims if dim.count >= 16] if runs.end < 128 else []
+        walk = min(many, key=lambda dim: dim.stride) if many else max(dims, key=lambda dim: dim.count)
+        dims.remove(walk)
+    strips = -(-runs.end // tiling.strip_bytes)
+    strip_bytes = min(runs.end, tiling.strip_bytes)
+    abreast = max(1, min(walk.count, tiling.threads // -(-strip_bytes // VECTOR)))
+    chunk = max(1, tiling.tile_bytes // (abreast * strip_bytes))
+    if tiling.threads > 1:
+        chunk = min(chunk, max(1, tiling.tile_bytes // tiling.strip_bytes))
+    chunks = -(-walk.count // (abreast * chunk))
+    chunk_rows = -(-walk.count // (chunks * abreast)) * abreast
+    chunks = -(-walk.count // chunk_rows)
+
+    starts = dict(runs.starts)
+    slots = [(strips, tiling.strip_bytes, 0, tiling.strip_bytes // WORD, starts.pop(0))]
+    slots.append(
+        (chunks, walk.stride * chunk_rows, walk.axis, walk.exponent * chunk_rows, starts.pop(walk.axis, 0))
+    )
+    slots += [(dim.count, dim.stride, dim.axis, dim.exponent, starts.pop(dim.axis, 0)) for dim in dims]
+    slots += [(1, 0, axis, 0, start) for axis, start in starts.items()]
+    if len(slots) > SLOTS:
+        raise NotImplementedError(f"more than {SLOTS} dimensions")
+    bits = runs.address | walk.stride | VECTOR
+    for dim in dims:
+        bits |= dim.stride
+    fields = (
+        runs.address, first_tile, part, runs.lead, runs.end, tiling.strip_bytes, walk.count, chunk_rows,
+        walk.stride, walk.axis, walk.exponent, abreast, bits & -bits, len(slots),
+    )  # fmt: skip
+    unused = (0,) * ((SLOTS - len(slots)) * _SLOT_FIELDS)
+    return (*fields, *(n for slot in slots for n in slot), *unused), math.prod(slot[0] for slot in slots)
