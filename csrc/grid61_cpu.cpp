@@ -114,14 +114,15 @@ Sums run_sums(const unsigned char* p, i64 lead, i64 end, const Tables& tables) {
 Sums tile_sums(const Segment& segment, u32 index, const Tables& tables) {
   Tile tile = tile_at(segment, index);
   Sums total = {{0, 0}};
-  u64 step[kLanes];
+  u64 step[kLanes], scale[kLanes] = {1, 1};
   for (int lane = 0; lane < kLanes; ++lane) {
     step[lane] = power(tables.powers.data(), tables.axes, lane, segment.row_axis, (u64)segment.row_exponent);
   }
-  for (i64 row = tile.rows - 1; row >= 0; --row) {
+  for (i64 row = 0; row < tile.rows; ++row) {  // ascending, for the prefetchers' sake
     Sums run = run_sums(tile.address + row * segment.row_stride, tile.lead, tile.end, tables);
     for (int lane = 0; lane < kLanes; ++lane) {
-      total.lane[lane] = add(multiply(total.lane[lane], step[lane]), run.lane[lane]);
+      total.lane[lane] = add(total.lane[lane], multiply(run.lane[lane], scale[lane]));
+      scale[lane] = multiply(scale[lane], step[lane]);
     }
   }
   for (int lane = 0; lane < kLanes; ++lane) {

@@ -1,0 +1,241 @@
+"""How fast grid61 digests: on one GPU beside a kernel that only reads, on the CPU beside hashlib's SHA-256.
+
+    python benchmarks/digest.py [--device cuda|cpu] [--json FILE]
+
+Bits first: ``#wrong`` counts the tensors whose sums differ from another implementation's over the same bytes
+(CUDA against the CPU extension, the CPU extension against the torch reference). Times are medians of whole calls
+of ``Digester.sums``, launches, synchronisation and copy of the results included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from weightbus.box import Box
+from weightbus.digest import STABLE_SEED, Digester
+from weightbus.digest.cpu import CpuSums
+from weightbus.digest.reference import ReferenceSums
+from weightbus.layout import Part
+from weightbus.spec import Spec
+
+GIB = 1 << 30
+READ_ONLY = r"""
+extern "C" __global__ void read_only(const uint4* data, long long vectors, unsigned* out) {
+  long long stride = (long long)gridDim.x * blockDim.x, i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  unsigned x = 0;
+  for (; i + (FLIGHT - 1) * stride < vectors; i += FLIGHT * stride) {
+    uint4 v[FLIGHT];
+#pragma unroll
+    for (int k = 0; k < FLIGHT; ++k) {
+      const uint4* p = data + i + k * stride;
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+          : "=r"(v[k].x), "=r"(v[k].y), "=r"(v[k].z), "=r"(v[k].w) : "l"(p));
+    }
+#pragma unroll
+    for (int k = 0; k < FLIGHT; ++k) x ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+  }
+  if (x == 0x9e3779b9u) *out = x;
+}
+"""
+
+
+def part(tensor: torch.Tensor, name: str = "t", shape: Sequence[int] = (), offsets: Sequence[int] = ()) -> Part:
+    shape = tuple(shape or tensor.shape)
+    spec = Spec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=shape)
+    return Part(spec=spec, box=Box(tuple(offsets or (0,) * len(shape)), tuple(tensor.shape)), tensor=tensor)
+
+
+def qwen3_8b() -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the 399 tensors of Qwen3-8B."""
+    hidden, inner, kv, vocabulary = 4096, 12288, 1024, 151936
+    layer = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    names: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens", (vocabulary, hidden))]
+    names += [(f"model.layers.{i}.{name}", shape) for i in range(36) for name, shape in layer.items()]
+    return [*names, ("model.norm", (hidden,)), ("lm_head", (vocabulary, hidden))]
+
+
+def random_bf16(shape: Sequence[int], device: str) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=torch.bfloat16, device=device).view(torch.int16).random_().view(torch.bfloat16)
+
+
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, taken in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def wrong(parts: Sequence[Part], found: np.ndarray, other: type[CpuSums] | type[ReferenceSums]) -> int:
+    """How many parts' sums differ from another implementation's over copies in host memory."""
+    count = 0
+    for one, row in zip(parts, found, strict=True):
+        copy = Part(spec=one.spec, box=one.box, tensor=one.tensor.cpu().contiguous())
+        count += not np.array_equal(other([copy]).sums(STABLE_SEED, None)[0], row)
+    return count
+
+
+def cuda_cases() -> list[tuple[str, Callable[[], list[Part]]]]:
+    def whole() -> list[Part]:
+        return [part(random_bf16((GIB, 4), "cuda").reshape(-1, 4096))]
+
+    def qwen() -> list[Part]:
+        return [part(random_bf16(shape, "cuda"), name) for name, shape in qwen3_8b()]
+
+    def columns(ways: int, strided: bool) -> list[Part]:
+        """Rank 1's columns of each matrix: as its own tensor, or in place in the whole one."""
+        parts = []
+        for name, shape in qwen3_8b():
+            if len(shape) == 2:
+                width = shape[1] // ways
+                held = random_bf16(shape if strided else (shape[0], width), "cuda")
+                view = held[:, width : 2 * width] if strided else held
+                parts.append(part(view, name, shape, (0, width)))
+        return parts
+
+    return [
+        ("8 GiB bf16 [1048576, 4096]", whole),
+        ("8 GiB bf16 [4294967296]", lambda: [part(random_bf16((4 * GIB,), "cuda"))]),
+        ("Qwen3-8B, 399 tensors", qwen),
+        ("its matrices' columns, 1 of 2", lambda: columns(2, False)),
+        ("its matrices' columns, 1 of 4", lambda: columns(4, False)),
+        ("its matrices' columns, 1 of 8", lambda: columns(8, False)),
+        ("its matrices' columns, 1 of 2, in place", lambda: columns(2, True)),
+        ("10,000 tensors of 4 KiB", lambda: [part(random_bf16((2048,), "cuda")) for _ in range(10_000)]),
+    ]
+
+
+def read_ceiling() -> float:
+    """Bytes per second of the best read-only kernel over 8 GiB."""
+    import cupy
+
+    data = torch.empty(GIB, dtype=torch.int64, device="cuda").random_()
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    best = 0.0
+    for flight in (4, 8):
+        kernel = cupy.RawKernel(READ_ONLY, "read_only", options=("-std=c++17", f"-DFLIGHT={flight}"))
+        for blocks, threads in ((132 * 8, 256), (132 * 4, 512), (132 * 32, 256), (132 * 64, 256)):
+
+            def call(kernel: Any = kernel, blocks: int = blocks, threads: int = threads) -> None:
+                kernel((blocks,), (threads,), (data.data_ptr(), data.nbytes // 16, out.data_ptr()))
+                cupy.cuda.get_current_stream().synchronize()
+
+            best = max(best, data.nbytes / medians({"read": call}, 7)["read"])
+    return best
+
+
+def cuda_rows(rounds: int) -> list[dict[str, Any]]:
+    ceiling = read_ceiling()
+    rows = [row("only reading (ceiling)", 1, 8 * GIB, 8 * GIB / ceiling, ceiling, 0)]
+    for name, make in cuda_cases():
+        torch.cuda.empty_cache()
+        parts = make()
+        digester = Digester(parts)
+        missed = wrong(parts, digester.sums(STABLE_SEED), CpuSums)
+        seconds = medians({"sums": lambda d=digester: d.sums(STABLE_SEED)}, rounds)["sums"]  # type: ignore[misc]
+        rows.append(row(name, len(parts), digester.nbytes, seconds, ceiling, missed))
+        del parts, digester
+    return rows
+
+
+def cpu_rows(rounds: int) -> list[dict[str, Any]]:
+    tensor = random_bf16((32768, 4096), "cpu")
+    parts = [part(tensor)]
+    digester = Digester(parts)
+    data = memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
+    missed = wrong(parts, digester.sums(STABLE_SEED), ReferenceSums)
+
+    def with_threads(threads: int) -> None:
+        torch.set_num_threads(threads)
+        digester.sums(STABLE_SEED)
+
+    seconds = medians(
+        {
+            "hashlib SHA-256": lambda: hashlib.sha256(data).digest(),
+            "grid61, 1 thread": lambda: with_threads(1),
+            "grid61, 2 threads": lambda: with_threads(2),
+        },
+        rounds,
+    )
+    base = tensor.nbytes / seconds["hashlib SHA-256"]
+    return [row(name, 1, tensor.nbytes, s, base, missed * ("grid" in name)) for name, s in seconds.items()]
+
+
+def row(name: str, tensors: int, nbytes: int, seconds: float, base: float, missed: int) -> dict[str, Any]:
+    rate = nbytes / seconds
+    return {
+        "what": name, "tensors": tensors, "bytes": nbytes, "us": round(seconds * 1e6, 1),
+        "GB/s": round(rate / 1e9, 2), "of_baseline": round(rate / base, 3), "wrong": missed,
+    }  # fmt: skip
+
+
+def environment(device: str, commit: str) -> dict[str, Any]:
+    found = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "commit": commit,
+    }  # fmt: skip
+    if device == "cuda":
+        import cupy
+
+        found |= {"cuda": torch.version.cuda, "cupy": cupy.__version__}
+    return found
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each case (default 15)")
+    parser.add_argument("--commit", default=None, help="recorded instead of git's answer")
+    args = parser.parse_args()
+    rows = cuda_rows(args.rounds) if args.device == "cuda" else cpu_rows(args.rounds)
+    baseline = "ceiling" if args.device == "cuda" else "SHA-256"
+    table = Table("what", "tensors", "MB", "us", "GB/s", f"of {baseline}", "#wrong")
+    for r in rows:
+        cells = (r["tensors"], round(r["bytes"] / 1e6, 1), r["us"], r["GB/s"], f"{r['of_baseline']:.2f}", r["wrong"])
+        table.add_row(r["what"], *map(str, cells))
+    Console(width=120).print(table)
+    if args.json:
+        record = {"environment": environment(args.device, args.commit or _commit()), "rows": rows}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
