@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -57,6 +57,9 @@ def reshard(modules: Sequence[nn.Module]) -> None:
             module.reshard()
 
 
+_get: Callable[[dict[str, Any], str], Any] = dict.get
+
+
 @dataclass(frozen=True, slots=True)
 class _Places:
     """Columns of tensors that are all DTensors (``sharded``), or all not."""
@@ -79,8 +82,6 @@ class Watch:
     In columns, so that the check of 20,000 tensors is a few loops in C.
     """
 
-    __slots__ = ("_addresses", "_counts", "_dicts", "_dtypes", "_fsdp", "_places", "_slots", "tensors")
-
     def __init__(
         self,
         modules: Sequence[tuple[str, nn.Module]],
@@ -99,7 +100,10 @@ class Watch:
                 slots += [
                     (prefix + key, held, key, value) for key, value in held.items() if key not in skipped
                 ]
-        self._slots = tuple([row[column] for row in slots] for column in range(4))
+        self._names = [name for name, _, _, _ in slots]
+        self._held = [held for _, held, _, _ in slots]
+        self._keys = [key for _, _, key, _ in slots]
+        self._values = [value for _, _, _, value in slots]
         self._counts = [len(held) for _, held in self._dicts]
         self._fsdp = [module for _, module in modules if isinstance(module, FSDPModule)]
         self._places = [_Places.of(sharded, tensors) for sharded in (False, True)]
@@ -110,14 +114,13 @@ class Watch:
     def moved(self) -> str | None:
         """Name of a tensor or module that was replaced, added, removed, resized or given other storage."""
         reshard(self._fsdp)
-        names, dicts, keys, values = self._slots
-        if not all(map(is_, map(dict.get, dicts, keys), values)):
-            slots = zip(names, dicts, keys, values, strict=True)
+        if not all(map(is_, map(_get, self._held, self._keys), self._values)):
+            slots = zip(self._names, self._held, self._keys, self._values, strict=True)
             return next(name for name, held, key, value in slots if held.get(key) is not value)
         if [len(held) for _, held in self._dicts] != self._counts:
             counts = zip(self._dicts, self._counts, strict=True)
             prefix, changed = next(entry for entry, count in counts if len(entry[1]) != count)
-            known = {key for held, key in zip(dicts, keys, strict=True) if held is changed}
+            known = {key for held, key in zip(self._held, self._keys, strict=True) if held is changed}
             return prefix + next(key for key in changed if key not in known)
         for places, addresses, dtypes in zip(self._places, self._addresses, self._dtypes, strict=True):
             now = list(map(local_tensor, places.tensors)) if places.sharded else places.tensors
