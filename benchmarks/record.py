@@ -26,7 +26,11 @@ def surroundings() -> dict[str, Any]:
     if not commit:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "weightbus": weightbus.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "weightbus": weightbus.__version__,
+    }
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

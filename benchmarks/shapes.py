@@ -8,7 +8,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def _qwen3(
-    layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, *, tied: bool, experts: int = 0, vocab: int = 151936
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    mlp: int,
+    *,
+    tied: bool,
+    experts: int = 0,
+    vocab: int = 151936,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     head = 128
     yield "model.embed_tokens.weight", (vocab, hidden)

@@ -164,7 +164,9 @@ def main() -> int:
         "ratio": update / raw,
         "ratio_95": [low, high],
     }
-    table = Table(title=f"{args.model}, {row['tensors']} tensors, {row['nbytes'] / 1e9:.3f} GB, {row['backend']}")
+    table = Table(
+        title=f"{args.model}, {row['tensors']} tensors, {row['nbytes'] / 1e9:.3f} GB, {row['backend']}"
+    )
     for column in ("what", "p50 ms", "p99 ms", "GB/s", "#wrong"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for what, seconds in (("raw broadcast", row["raw_s"]), ("update", row["update_s"])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import socket
@@ -19,7 +20,9 @@ import torch
 
 # A server that has imported torch once and forks: a rank starts in milliseconds, not in seconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "weightbus.session"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "weightbus.session"]
+)
 
 
 def free_port() -> int:
@@ -48,7 +51,13 @@ class Job:
 
 
 def _main(pipe: Connection, job: Job, rank: int, port: int) -> None:
-    variables = {"RANK": rank, "WORLD_SIZE": job.size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = {
+        "RANK": rank,
+        "WORLD_SIZE": job.size,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     for name, value in variables.items():
         os.environ.pop(name, None)
         if not job.bare:
@@ -91,8 +100,8 @@ def run_jobs(*jobs: Job, timeout_s: float = 60.0) -> list[list[Any]]:
         while running:
             ready = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                late = sorted(running.values())
-                raise AssertionError(f"late after {timeout_s} s: (job, rank) {late}; failures: {failures}")
+                late = [f"job {j} rank {rank}" for j, rank in sorted(running.values())]
+                raise AssertionError(f"late: {late}; failures: " + "\n".join(itertools.chain(*failures)))
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 j, rank = running.pop(pipe)
@@ -103,11 +112,15 @@ def run_jobs(*jobs: Job, timeout_s: float = 60.0) -> list[list[Any]]:
                 pipe.close()
                 results[j][rank] = value
                 if not good:
-                    failures[j].append(value)
-                    if len(failures[j]) > jobs[j].fails:
-                        raise AssertionError(f"job {j} rank {rank}:\n{value}")
+                    failures[j].append(f"job {j} rank {rank}:\n{value}")
+                    # One failure often brings others: a moment more shows which came first.
+                    deadline = (
+                        min(deadline, time.monotonic() + 2.0) if len(failures[j]) > jobs[j].fails else deadline
+                    )
         for job, failed in zip(jobs, failures, strict=True):
-            assert len(failed) == job.fails, f"expected {job.fails} failed ranks, got {failed}"
+            assert len(failed) == job.fails, f"expected {job.fails} failed ranks, got:\n" + "\n".join(
+                itertools.chain(*failures)
+            )
         return results
     finally:
         for pipe in running:

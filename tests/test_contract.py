@@ -143,7 +143,9 @@ def both_ends(rank, size, *, address, device="cpu"):
         reports.append((report.word, report.tensors, verdict.word, str(verdict)))
         expected = values(version)
         for name, tensor in full(target).items():
-            assert torch.equal(tensor.reshape(-1).view(torch.uint8), expected[name].reshape(-1).view(torch.uint8)), name
+            assert torch.equal(
+                tensor.reshape(-1).view(torch.uint8), expected[name].reshape(-1).view(torch.uint8)
+            ), name
     publisher.close()
     subscriber.close()
     return reports

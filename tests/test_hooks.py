@@ -10,7 +10,13 @@ from torch import nn
 import weightbus
 
 D = 24
-NAMES = {"q_proj.weight": (D, D), "k_proj.weight": (8, D), "v_proj.weight": (8, D), "norm.weight": (D,), "o_proj.weight": (D, D)}
+NAMES = {
+    "q_proj.weight": (D, D),
+    "k_proj.weight": (8, D),
+    "v_proj.weight": (8, D),
+    "norm.weight": (D,),
+    "o_proj.weight": (D, D),
+}
 
 
 def drawn(version):
@@ -21,7 +27,9 @@ def drawn(version):
 def trainer(rank, size, *, address, versions=(1, 2), bucket_bytes=1 << 12):
     tensors = [(name, torch.zeros(shape)) for name, shape in NAMES.items()]
     outcomes = []
-    with weightbus.Publisher(tensors, address=address, bucket_bytes=bucket_bytes, join_timeout_s=20) as publisher:
+    with weightbus.Publisher(
+        tensors, address=address, bucket_bytes=bucket_bytes, join_timeout_s=20
+    ) as publisher:
         for version in versions:
             for name, tensor in tensors:
                 tensor.copy_(drawn(version)[name])
@@ -83,7 +91,11 @@ def server(rank, size, *, address, fail_at=None):
 def expected(version, rank, size):
     full = drawn(version)
     shards = [full[name].chunk(size, 0)[rank] for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight")]
-    return {"qkv": torch.cat(shards), "out": full["o_proj.weight"].chunk(size, 1)[rank], "norm": full["norm.weight"]}
+    return {
+        "qkv": torch.cat(shards),
+        "out": full["o_proj.weight"].chunk(size, 1)[rank],
+        "norm": full["norm.weight"],
+    }
 
 
 @pytest.mark.parametrize("bucket_bytes", [1 << 10, 1 << 20], ids=["pieces", "one bucket"])
@@ -109,7 +121,12 @@ def test_a_raising_hook_tears_and_a_whole_update_mends(address):
     )
     (kind, text), second = trainers[0]
     assert kind == "TornError"
-    for part in ("v_proj.weight", "no room for this shard", "replica 0 server rank 0", "replica 0 server rank 1"):
+    for part in (
+        "v_proj.weight",
+        "no room for this shard",
+        "replica 0 server rank 0",
+        "replica 0 server rank 1",
+    ):
         assert part in text, text
     assert second[0] == "arrived"
     for rank, (seen, torn, state, version) in enumerate(servers):

@@ -85,14 +85,24 @@ CASES = {
         {},
         "b: expected a dtype that casts to float32 of b, got complex64",
     ),
-    "written twice": (tensors(a=(2, 2)), tensors(a=(2, 2)), {"name_map": double}, "c: writes a, which a writes already"),
+    "written twice": (
+        tensors(a=(2, 2)),
+        tensors(a=(2, 2)),
+        {"name_map": double},
+        "c: writes a, which a writes already",
+    ),
     "mapped to nothing": (
         tensors(),
         tensors(),
         {"name_map": {"a": "z"}},
         "a: name_map gives 'z', which this rank's model does not have",
     ),
-    "arguments without a hook": (tensors(), tensors(), {"name_map": {"a": ("a", "q")}}, "a has no weight_loader"),
+    "arguments without a hook": (
+        tensors(),
+        tensors(),
+        {"name_map": {"a": ("a", "q")}},
+        "a has no weight_loader",
+    ),
     "taken by nobody": (tensors(), tensors(b=None), {"name_map": {"b": None}}, "b: unknown name"),
 }
 
@@ -291,7 +301,9 @@ def _partial(rank, size, *, address):
     with weightbus.Publisher(source, address=address, join_timeout_s=20) as publisher:
         publisher.update(1)
         try:
-            weightbus.Publisher([("a", DTensor.from_local(torch.zeros(4, 6), mesh, [Partial()]))], address=address)
+            weightbus.Publisher(
+                [("a", DTensor.from_local(torch.zeros(4, 6), mesh, [Partial()]))], address=address
+            )
         except weightbus.WeightbusError as error:
             return type(error).__name__, str(error)
     return None

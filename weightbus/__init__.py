@@ -6,29 +6,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightbus.digest import Digest, combine, model_digest, tensor_digest
-    from weightbus.errors import HubError, SpecError, TornError, UpdateError, WeightbusError
-    from weightbus.publisher import Publisher
-    from weightbus.subscriber import Subscriber
+    from weightbus.digest import Digest as Digest
+    from weightbus.digest import combine as combine
+    from weightbus.digest import model_digest as model_digest
+    from weightbus.digest import tensor_digest as tensor_digest
+    from weightbus.errors import HubError as HubError
+    from weightbus.errors import SpecError as SpecError
+    from weightbus.errors import TornError as TornError
+    from weightbus.errors import UpdateError as UpdateError
+    from weightbus.errors import WeightbusError as WeightbusError
+    from weightbus.publisher import Publisher as Publisher
+    from weightbus.subscriber import Subscriber as Subscriber
 
 __version__ = "0.1.0"
 
-# Public name: the module it lives in. Imported on first use, as the hub must start without torch.
-_HOME = {
-    "Digest": "digest",
-    "HubError": "errors",
-    "Publisher": "publisher",
-    "SpecError": "errors",
-    "Subscriber": "subscriber",
-    "TornError": "errors",
-    "UpdateError": "errors",
-    "WeightbusError": "errors",
-    "combine": "digest",
-    "model_digest": "digest",
-    "tensor_digest": "digest",
+# Public names by module, imported on first use, as the hub must start without torch.
+_PUBLIC = {
+    "digest": ["Digest", "combine", "model_digest", "tensor_digest"],
+    "errors": ["HubError", "SpecError", "TornError", "UpdateError", "WeightbusError"],
+    "publisher": ["Publisher"],
+    "subscriber": ["Subscriber"],
 }
-
-__all__ = list(_HOME)  # noqa: PLE0605
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -77,7 +77,7 @@ def on_side_stream(device: torch.device) -> Iterator[None]:
         return
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         try:
             with torch.cuda.stream(side):
@@ -90,7 +90,7 @@ def synchronise(device: torch.device, check: Callable[[], None]) -> None:
     """Wait until the current stream has done all of it; ``check`` is called meanwhile."""
     if device.type != "cuda":
         return
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
-    while not event.query():
+    while not event.query():  # type: ignore[no-untyped-call]
         check()

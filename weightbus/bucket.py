@@ -204,9 +204,7 @@ def _spans(plan: Plan, names: Container[str]) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def _place_whole(
-    plan: Plan, target: Target | None, staging: Staging, in_flight: int
-) -> dict[str, Tensor]:
+def _place_whole(plan: Plan, target: Target | None, staging: Staging, in_flight: int) -> dict[str, Tensor]:
     """A place in the arena for each tensor with a hook, shared by those that never meet in time."""
     if target is None or not target.hooks:
         return {}

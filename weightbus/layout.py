@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from weightbus.box import Box
 from weightbus.errors import SpecError
 from weightbus.spec import ITEMSIZE, Spec
-from weightbus.torch_dtensor import is_dtensor, local_boxes, local_tensor, mesh_position
+from weightbus.torch_dtensor import local_boxes, local_tensor, mesh_position
 
 Source = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
 
@@ -57,10 +58,8 @@ class Layout:
         self.specs: dict[str, Spec] = {}
         self.parts: dict[str, tuple[Part, ...]] = {}
         for name, tensor in tensors.items():
-            spec = self.specs[name] = _spec(name, tensor)
-            self.parts[name] = tuple(
-                Part(spec=spec, box=box, tensor=view) for box, view in _boxes(name, tensor)
-            )
+            self.specs[name] = _spec(name, tensor)
+            self.parts[name] = parts_of(name, tensor)
         self._homes = homes
         self._state = [_state(tensor) for tensor in tensors.values()]
 
@@ -97,7 +96,10 @@ class Layout:
     def overlapping(self) -> list[tuple[str, str]]:
         """Pairs of names whose storage overlaps on this rank; writing one would change the other."""
         spans = sorted(
-            (*_span(part.tensor), name) for name, parts in self.parts.items() for part in parts if part.box.volume
+            (*_span(part.tensor), name)
+            for name, parts in self.parts.items()
+            for part in parts
+            if part.box.volume
         )
         last: dict[str, tuple[int, str]] = {}
         found = []
@@ -111,7 +113,7 @@ class Layout:
 
 
 def _state(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    local = tensor._local_tensor if is_dtensor(tensor) else tensor
+    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
     return local.data_ptr(), local.shape, local.stride()
 
 
@@ -123,7 +125,7 @@ def _span(tensor: Tensor) -> tuple[str, int, int]:
 
 def _spec(name: str, tensor: Tensor) -> Spec:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    local = local_tensor(tensor) if is_dtensor(tensor) else tensor  # type: ignore[arg-type]
+    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
     if dtype not in ITEMSIZE:
         raise SpecError(f"{name}: expected a dtype of {sorted(ITEMSIZE)}, got {dtype}")
     if local.layout != torch.strided:
@@ -133,9 +135,15 @@ def _spec(name: str, tensor: Tensor) -> Spec:
     return Spec(name=name, dtype=dtype, shape=tuple(tensor.shape))
 
 
+def parts_of(name: str, tensor: Tensor) -> tuple[Part, ...]:
+    """A tensor's parts on this rank; raises SpecError if it can't travel."""
+    spec = _spec(name, tensor)
+    return tuple(Part(spec=spec, box=box, tensor=view) for box, view in _boxes(name, tensor))
+
+
 def _boxes(name: str, tensor: Tensor) -> list[tuple[Box, Tensor]]:
-    if is_dtensor(tensor):
-        return local_boxes(name, tensor)  # type: ignore[arg-type]
+    if isinstance(tensor, DTensor):
+        return local_boxes(name, tensor)
     return [(Box.whole(tensor.shape), tensor.detach())]
 
 

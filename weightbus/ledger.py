@@ -152,9 +152,7 @@ def sent_entries(
     ]
 
 
-def live_entries(
-    target: Target, whole: Mapping[str, Tensor], group: int
-) -> list[Entry]:
+def live_entries(target: Target, whole: Mapping[str, Tensor], group: int) -> list[Entry]:
     """Entries of a server rank: its live storage under wire names, and what its hooks take."""
     entries = []
     for wire, parts in target.parts.items():

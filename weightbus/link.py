@@ -164,6 +164,8 @@ class Link:
             answer = self._connection.receive(min(0.5, max(0.0, left)))
             if isinstance(answer, m.Refused):
                 raise ProtocolError(f"the hub at {self.address} refused a message: {answer.reason}")
+            if isinstance(answer, m.Welcome):
+                continue  # to a hello that was said again
             if answer is not None:
                 return answer
             if self._lost:

@@ -35,11 +35,11 @@ Word = Literal["verified", "arrived", "unverified", "mismatch", "failed"]
 Role = Literal["trainer", "server"]
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
     """Base of all messages."""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of what messages contain."""
 
 

@@ -10,8 +10,8 @@ from types import TracebackType
 from weightbus import messages as m
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
-from weightbus.layout import Source, rank_and_size
 from weightbus.hub import DEAD_AFTER_S
+from weightbus.layout import Source, rank_and_size
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Verdict
 from weightbus.session import Session

@@ -19,7 +19,7 @@ _LONGEST_PAUSE_S = 0.05
 _ANSWER_S = 30.0
 
 
-class HubStore(dist.Store):  # type: ignore[misc]
+class HubStore(dist.Store):  # type: ignore[misc, name-defined]
     """A ``torch.distributed.Store`` whose keys live in the hub, under the epoch's prefix.
 
     The process group's threads may call it at any time, so each call holds a lock for one exchange

@@ -21,10 +21,6 @@ from weightbus.errors import SpecError
 Run = tuple[int, int]
 
 
-def is_dtensor(tensor: object) -> bool:
-    return isinstance(tensor, DTensor)
-
-
 def local_tensor(tensor: DTensor) -> Tensor:
     """The rank's own storage. ``to_local`` would record a gradient and may give another view."""
     local = tensor._local_tensor
@@ -47,7 +43,7 @@ def local_boxes(name: str, tensor: DTensor) -> list[tuple[Box, Tensor]]:
             continue
         if not isinstance(placement, Shard | _StridedShard):
             raise SpecError(
-                f"{name}: expected Replicate or Shard placements, got {placement} on mesh dimension {mesh_dim}"
+                f"{name}: expected Replicate or Shard placements, got {placement!r} on mesh dimension {mesh_dim}"
             )
         stride = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         axes[placement.dim % tensor.ndim].append((mesh.size(mesh_dim), coordinate[mesh_dim], stride))
@@ -149,4 +145,3 @@ def mesh_position(tensors: Iterable[Tensor]) -> tuple[int, int] | None:
     for size, place in zip(mesh.shape, coordinate, strict=True):
         rank = rank * size + place
     return rank, mesh.size()
-

@@ -26,10 +26,10 @@ def local_address(hub_address: str) -> str:
         return str(ipaddress.ip_address(probe.getsockname()[0]))
 
 
-def gloo_backend(store: dist.Store, rank: int, size: int, timeout_s: float, hub_address: str) -> Any:
+def gloo_backend(store: Any, rank: int, size: int, timeout_s: float, hub_address: str) -> Any:
     from torch.distributed import ProcessGroupGloo
 
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=timeout_s)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     options._devices = [
@@ -41,7 +41,7 @@ def gloo_backend(store: dist.Store, rank: int, size: int, timeout_s: float, hub_
     return ProcessGroupGloo(store, rank, size, options)
 
 
-def nccl_backend(store: dist.Store, rank: int, size: int, timeout_s: float, device: torch.device) -> Any:
+def nccl_backend(store: Any, rank: int, size: int, timeout_s: float, device: torch.device) -> Any:
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()

@@ -13,7 +13,7 @@ from weightbus.bucket import Compiled, compile_steps
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
 from weightbus.facts import Facts, decode_facts, encode_facts
 from weightbus.install import Target
-from weightbus.ledger import LIVE, Ledger, Record, Stage, live_entries, sent_entries
+from weightbus.ledger import LIVE, Entry, Ledger, Record, Stage, live_entries, sent_entries
 from weightbus.plan import Plan, Want, merge_sources, plan_broadcast
 from weightbus.spec import Spec
 
@@ -332,7 +332,8 @@ class Turn:
 
     def detail(self, detail: m.Detail) -> None:
         """Sums of the single tensors where folds differ."""
-        sent, live = [], []
+        sent: list[m.TensorSums] = []
+        live: list[m.TensorSums] = []
         for job, group in detail.groups:
             evidence = self._evidence[job]
             for record, found in ((evidence.sent, sent), (evidence.live, live)):
@@ -365,7 +366,7 @@ class Turn:
         return outcome
 
 
-def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]) -> list:
+def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]) -> list[Entry]:
     """Entries for everything that this rank sends: where it lies, or as cast in its bucket."""
     specs: dict[str, Spec] = {spec.name: spec for spec in plan.specs}
     wants = [groups[group] for group in sorted(groups)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from weightbus.box import Box
 from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine, model_digest_of
 from weightbus.digest.reference import ReferenceSums
 from weightbus.errors import SpecError
-from weightbus.layout import Part
+from weightbus.layout import Part, parts_of
 from weightbus.spec import Spec
 
 if TYPE_CHECKING:
@@ -113,14 +113,7 @@ def _digest(spec: Spec, parts: Sequence[Part], rows: npt.NDArray[np.uint64], see
 
 
 def _parts_of(name: str, tensor: Tensor) -> list[Part]:
-    if type(tensor) is not Tensor and hasattr(tensor, "placements"):
-        from weightbus.torch_dtensor import local_parts
-
-        found: list[Part] = local_parts(name, tensor)
-        return found
-    shape = tuple(tensor.shape)
-    spec = Spec(name=name, dtype=dtype_name(tensor.dtype), shape=shape)
-    return [Part(spec=spec, box=Box.whole(shape), tensor=tensor)]
+    return list(parts_of(name, tensor))
 
 
 def _model_parts(model: Any) -> list[Part]:
@@ -169,6 +162,6 @@ def _implementation(parts: list[Part], device: torch.device) -> _Sums:
     return ReferenceSums(parts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(text: str) -> None:
     _log.warning(text)
