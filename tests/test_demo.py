@@ -26,7 +26,13 @@ def run() -> Iterator[ModuleType]:
     sys.path.remove(str(DEMO))
 
 
-GOOD = {"loss": "0.5", "seconds": "0.1", "nbytes": "100", "update": "verified version 1: ...", "check": "ok"}
+GOOD = {
+    "loss": "0.5",
+    "seconds": "0.1",
+    "nbytes": "100",
+    "update": "verified version 1: ...",
+    "check": "verified version 1",
+}
 
 
 def row(run: ModuleType, **changes: object) -> object:
@@ -108,9 +114,12 @@ def test_a_job_that_dies_ends_the_other(
         "time.sleep(0.5)\nraise SystemExit('the trainer has no more to say')\n"
     )
     monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(run, "AFTERMATH_S", 0.2)
     monkeypatch.setattr(run, "gpus_of_jobs", lambda: ([], []))
     out = io.StringIO()
-    with pytest.raises(run.DemoError, match="the trainer job ended with exit status 1"):
+    with pytest.raises(
+        run.DemoError, match="the trainer job ended with exit status 1, the server job still runs"
+    ):
         run.run(1, 60.0, tmp_path, [], Console(file=out, width=200))
     assert "the trainer has no more to say" in out.getvalue()
     assert "server waits" in out.getvalue()

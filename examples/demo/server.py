@@ -44,9 +44,7 @@ def main() -> None:
             snapshot.write(snapshot.path(args.folder, "servers", version), weights, embeddings)
 
     show(0)
-    subscriber = weightbus.Subscriber(
-        encode.model, address=args.address, replica=0, on_commit=lambda *_: show(subscriber.version)
-    )
+    subscriber = weightbus.Subscriber(encode.model, address=args.address, replica=0, on_commit=show)
     with subscriber:
         subscriber.serve()
     dist.destroy_process_group()

@@ -88,13 +88,13 @@ def main() -> None:
         for step in range(1, args.steps + 1):
             loss = train(encode, optimizer, pairs)
             report = publisher.update(version=step)
-            verdict = publisher.check()
+            verdict = publisher.check()  # a second look, at what the servers now hold live
             facts = {
                 "loss": str(loss),
                 "seconds": str(report.seconds),
                 "nbytes": str(report.nbytes),
                 "update": str(report),
-                "check": "ok" if verdict.ok else str(verdict),
+                "check": str(verdict),
             }
             show(snapshot.path(args.folder, "trainer", step), encode, facts)
     dist.destroy_process_group()
