@@ -48,7 +48,7 @@ test-gpu: $(SETUP)  ## the tests that need CUDA devices, one at a time
 	$(RUN) -m pytest -n 0 -m "cuda or gpus"
 
 bench: $(SETUP)  ## run every benchmark on what this machine has
-	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(RUN) $$script; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(RUN) $$script; done
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build *.egg-info weightbus/digest/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

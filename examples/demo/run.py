@@ -181,9 +181,7 @@ def run(steps: int, timeout_s: float, folder: Path, rows: list[Row], console: Co
     trainer_gpus, server_gpus = gpus_of_jobs()
     ranks = len(trainer_gpus) or 2
     where = "GPUs, NCCL" if trainer_gpus else "CPU, gloo"
-    console.print(
-        f"MiniLM: a trainer of {ranks} ranks (FSDP2), servers of {ranks} (tensor parallel); {where}"
-    )
+    console.print(f"MiniLM: a trainer of {ranks} ranks (FSDP2), servers of {ranks} (tensor parallel); {where}")
     # A rank that hangs says where it hangs and ends, a little before this process gives up.
     common = ["--address", free_address(), "--folder", str(folder), "--deadline", str(0.9 * timeout_s)]
     jobs: list[job.Job] = []
@@ -218,9 +216,7 @@ def run(steps: int, timeout_s: float, folder: Path, rows: list[Row], console: Co
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5, help="training steps (default: 5)")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for everything (default: 240)")
     args = parser.parse_args()
