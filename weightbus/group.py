@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -52,14 +53,14 @@ class Group:
         if self.device.type == "cuda":
             work.wait()
             return
-        while True:
-            try:
+        while not work.is_completed():
+            with contextlib.suppress(RuntimeError):  # the slice is over, or what the wait below raises again
                 work.wait(_SLICE)
-                return
-            except RuntimeError as error:
-                if work.is_completed():
-                    raise UpdateError(f"broadcast failed: {str(error).splitlines()[0]}") from error
             check()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise UpdateError(f"broadcast failed: {str(error).splitlines()[0]}") from error
 
     def close(self, *, abort: bool = False) -> None:
         """Leave the group. ``abort``: other ranks may be gone, so wait for nobody."""
