@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -115,17 +116,15 @@ TP: dict[str, list[Placement]] = {
 
 def join_world(rank: int, size: int, device: str) -> DeviceMesh:
     """The job's own default group and mesh, as a trainer or an engine would have them."""
-    import os
-
     backend = "nccl" if device == "cuda" else "gloo"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_DEVICE", rank)))
     torch.distributed.init_process_group(backend, rank=rank, world_size=size)
     return init_device_mesh(device, (size,))
 
 
 def make(kind: str, rank: int, size: int, device: str = "cpu", dtype: Any = torch.float32) -> nn.Module:
     """A Toy as ``plain``, ``fsdp2``, ``tp`` or ``hsdp-tp`` (a 2-D mesh with strided shards)."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_DEVICE"]))
     model = Toy(dtype).to(device)
     if kind == "plain":
         return model

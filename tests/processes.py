@@ -50,7 +50,17 @@ class Job:
     fails: int = 0
 
 
-def _main(pipe: Connection, job: Job, rank: int, port: int) -> None:
+def _devices(index: int, total: int) -> dict[str, str]:
+    """Variables that give each process a GPU. NCCL refuses two ranks on one GPU of one host, so where
+    there are fewer GPUs than ranks, each is told to be a host of its own: real NCCL, over sockets."""
+    found = max(1, torch.cuda.device_count())
+    variables = {"LOCAL_DEVICE": str(index % found)}
+    if total > found:
+        variables |= {"NCCL_HOSTID": f"test-{index}", "NCCL_SOCKET_IFNAME": "lo"}
+    return variables
+
+
+def _main(pipe: Connection, job: Job, rank: int, port: int, devices: dict[str, str]) -> None:
     variables = {
         "RANK": rank,
         "WORLD_SIZE": job.size,
@@ -62,7 +72,7 @@ def _main(pipe: Connection, job: Job, rank: int, port: int) -> None:
         os.environ.pop(name, None)
         if not job.bare:
             os.environ[name] = str(value)
-    os.environ.update({name: value.format(rank=rank) for name, value in job.env.items()})
+    os.environ.update(devices | job.env)
     torch.set_num_threads(1)
     try:
         answer = (True, job.run(rank, job.size, **job.arguments))
@@ -91,8 +101,9 @@ def run_jobs(*jobs: Job, timeout_s: float = 60.0) -> list[list[Any]]:
         for j, job in enumerate(jobs):
             port = free_port()
             for rank in range(job.size):
+                devices = _devices(len(processes), sum(job.size for job in jobs))
                 ours, theirs = _context.Pipe(duplex=False)
-                process = _context.Process(target=_main, args=(theirs, job, rank, port), daemon=True)
+                process = _context.Process(target=_main, args=(theirs, job, rank, port, devices), daemon=True)
                 process.start()
                 theirs.close()
                 processes.append(process)

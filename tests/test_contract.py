@@ -66,6 +66,12 @@ def check_results(trainers, servers, dtype=torch.float32):
                 assert torch.equal(*bits), f"version {version}: {name}"
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """gloo on CPU, and the same body over NCCL."""
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("trainers", "servers"),
     [
@@ -75,59 +81,73 @@ def check_results(trainers, servers, dtype=torch.float32):
         (("plain", 2), ("tp", 3)),
         (("fsdp2-tp", 4), ("plain", 1)),
     ],
-    ids=lambda job: f"{job[1]} {job[0]}",
+    ids=lambda job: f"{job[1]}-{job[0]}",
 )
-def test_update(address, trainers, servers):
+def test_update(address, device, trainers, servers):
     results = run_jobs(
-        Job(run=trainer, size=trainers[1], arguments={"address": address, "kind": trainers[0]}),
-        Job(run=server, size=servers[1], arguments={"address": address, "kind": servers[0]}),
+        Job(
+            run=trainer, size=trainers[1], arguments={"device": device, "address": address, "kind": trainers[0]}
+        ),
+        Job(run=server, size=servers[1], arguments={"device": device, "address": address, "kind": servers[0]}),
     )
     check_results(*results)
 
 
-def test_replicas_and_a_late_one(address):
+def test_two_replicas(address, device):
     """Two replicas of two ranks are updated together; each holds the whole version."""
     results = run_jobs(
-        Job(run=trainer, size=2, arguments={"address": address, "kind": "fsdp2", "min_replicas": 2}),
+        Job(
+            run=trainer,
+            size=2,
+            arguments={"device": device, "address": address, "kind": "fsdp2", "min_replicas": 2},
+        ),
         *(
-            Job(run=server, size=2, arguments={"address": address, "kind": "tp", "replica": replica})
+            Job(
+                run=server,
+                size=2,
+                arguments={"device": device, "address": address, "kind": "tp", "replica": replica},
+            )
             for replica in (0, 1)
         ),
     )
     check_results(results[0], results[1] + results[2])
 
 
-def test_casts_to_the_destinations_dtype(address):
+def test_casts_to_the_destinations_dtype(address, device):
     results = run_jobs(
-        Job(run=trainer, size=2, arguments={"address": address, "kind": "fsdp2"}),
-        Job(run=server, size=2, arguments={"address": address, "kind": "tp", "dtype": torch.bfloat16}),
+        Job(run=trainer, size=2, arguments={"device": device, "address": address, "kind": "fsdp2"}),
+        Job(
+            run=server,
+            size=2,
+            arguments={"device": device, "address": address, "kind": "tp", "dtype": torch.bfloat16},
+        ),
     )
     check_results(*results)
 
 
-def test_without_torchrun_and_default_group(address):
+def test_without_torchrun_and_default_group(address, device):
     """As Ray actors are: no variables, no default group; rank and size are given."""
     results = run_jobs(
-        Job(run=trainer, size=2, arguments={"address": address, "kind": "plain"}, bare=True),
-        Job(run=server, size=1, arguments={"address": address, "kind": "plain"}, bare=True),
+        Job(run=trainer, size=2, arguments={"device": device, "address": address, "kind": "plain"}, bare=True),
+        Job(run=server, size=1, arguments={"device": device, "address": address, "kind": "plain"}, bare=True),
     )
     check_results(*results)
 
 
-def one_world(rank, size, *, address):
+def one_world(rank, size, *, address, device):
     """Both roles inside one torchrun world: the lower half trains."""
     half = size // 2
     if rank < half:
-        return trainer(rank, half, address=address, kind="plain")
-    return server(rank - half, half, address=address, kind="plain", replica=0)
+        return trainer(rank, half, address=address, kind="plain", device=device)
+    return server(rank - half, half, address=address, kind="plain", device=device)
 
 
-def test_both_jobs_in_one_world(address):
-    ((one, two),) = run_jobs(Job(run=one_world, size=2, arguments={"address": address}))
+def test_both_jobs_in_one_world(address, device):
+    ((one, two),) = run_jobs(Job(run=one_world, size=2, arguments={"device": device, "address": address}))
     check_results([one], [two])
 
 
-def both_ends(rank, size, *, address, device="cpu"):
+def both_ends(rank, size, *, address, device):
     """One process that is a trainer rank and a server rank."""
     source = make("fsdp2", rank, size, device)
     mesh = torch.distributed.device_mesh.init_device_mesh(device, (size,))
@@ -151,6 +171,6 @@ def both_ends(rank, size, *, address, device="cpu"):
     return reports
 
 
-def test_processes_with_both_ends(address):
-    (results,) = run_jobs(Job(run=both_ends, size=2, arguments={"address": address}))
+def test_processes_with_both_ends(address, device):
+    (results,) = run_jobs(Job(run=both_ends, size=2, arguments={"device": device, "address": address}))
     check_results(results, [])
