@@ -6,9 +6,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import weightbus
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "weightbus"
@@ -56,12 +59,15 @@ def sources() -> list[Path]:
 
 
 def facade() -> dict[str, str]:
-    """Public name -> module that defines it, from the table of lazy imports in __init__.py."""
+    """Public name -> module that defines it, from the imports for type checkers in __init__.py."""
     tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME":
-            return {key: f"{PACKAGE}.{home}" for key, home in ast.literal_eval(node.value).items()}
-    raise AssertionError("weightbus/__init__.py: expected a table named _HOME")
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return {
+        alias.name: str(node.module)
+        for node in nodes
+        for alias in node.names
+        if str(node.module).startswith(f"{PACKAGE}.")
+    }
 
 
 def imports(path: Path, source: str, home: dict[str, str]) -> Iterator[tuple[int, str]]:
@@ -135,6 +141,12 @@ def test_imports_go_down(path: Path) -> None:
 def test_private_torch_names_only_in_files_named_for_it(path: Path) -> None:
     if not path.name.startswith("torch_"):
         assert private_torch(path.read_text()) == []
+
+
+def test_lazy_names_are_what_type_checkers_see() -> None:
+    assert sorted(weightbus.__all__) == sorted(facade())
+    for name, module in facade().items():
+        assert getattr(weightbus, name) is getattr(import_module(module), name)
 
 
 def test_every_layer_entry_exists() -> None:
