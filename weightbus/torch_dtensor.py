@@ -43,7 +43,7 @@ def local_boxes(name: str, tensor: DTensor) -> list[tuple[Box, Tensor]]:
             continue
         if not isinstance(placement, Shard | _StridedShard):
             raise SpecError(
-                f"{name}: expected Replicate or Shard placements, got {placement!r} on mesh dimension {mesh_dim}"
+                f"{name}: expected Replicate or Shard placements, got {placement!r}; mesh axis {mesh_dim}"
             )
         stride = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         axes[placement.dim % tensor.ndim].append((mesh.size(mesh_dim), coordinate[mesh_dim], stride))
