@@ -27,3 +27,7 @@ class UpdateError(WeightbusError):
 
 class TornError(UpdateError):
     """An update failed after bytes had moved: the named server ranks hold a mixture."""
+
+
+class DigestError(WeightbusError):
+    """Bytes that differ from what their digest says, or replicas that differ from each other."""

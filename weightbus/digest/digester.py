@@ -1,0 +1,167 @@
+"""Which implementation digests what: by the tensors' device, prepared once and replayed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from weightbus.box import Box
+from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine, model_digest_of
+from weightbus.digest.reference import ReferenceSums
+from weightbus.errors import SpecError
+from weightbus.layout import Part, parts_of
+from weightbus.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_log = logging.getLogger(__name__)
+
+
+class _Sums(Protocol):
+    def sums(self, seed: bytes, stream: torch.cuda.Stream | None) -> npt.NDArray[np.uint64]: ...
+
+
+class Digester:
+    """grid61 sums of many parts in one call; prepared once, replayed with each new seed.
+
+    parts: any mix of dtypes, sizes and strides, all on one device. The storage behind them is read at
+    each call, so it must stay where it is. nbytes: bytes that a call digests.
+    Raises SpecError for parts on several devices, or without dense storage.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = [_plain(part) for part in parts]
+        devices = {part.tensor.device for part in self._parts}
+        if len(devices) > 1:
+            raise SpecError(f"Digester: expected parts on one device, got {sorted(map(str, devices))}")
+        self.nbytes = sum(part.tensor.numel() * part.tensor.element_size() for part in self._parts)
+        self._sums = _implementation(self._parts, next(iter(devices), torch.device("cpu")))
+
+    def sums(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> npt.NDArray[np.uint64]:
+        """uint64 array of shape (parts, 2): each part's sums at its place in its global tensor, in [0, P).
+
+        Runs on ``stream``, by default the current one; synchronises with it once.
+        Raises ValueError if ``seed`` is not 32 bytes.
+        """
+        return self._sums.sums(check_seed(seed), stream)
+
+
+def tensor_digest(tensor: Tensor, *, seed: bytes = STABLE_SEED) -> Digest:
+    """grid61 digest of ``tensor``'s bytes; equal on CPU and CUDA (docs/digest.md).
+
+    tensor: any dtype, strides and shape, 0-d and empty included. A DTensor gives its own shard's
+        part of the global sum; ``combine`` adds the parts.
+    Runs on the current stream; synchronises once, to return integers.
+    Raises ValueError if ``seed`` is not 32 bytes.
+    """
+    check_seed(seed)
+    parts = _parts_of("tensor", tensor)
+    spec = Spec(name="", dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+    return _digest(spec, parts, Digester(parts).sums(seed), seed)
+
+
+def model_digest(
+    model: nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]], *, seed: bytes = STABLE_SEED
+) -> str:
+    """SHA-256 text over the names, dtypes, shapes and digests of a model's tensors (docs/digest.md).
+
+    Persistent buffers are included; a tied tensor counts once, under the least of its names. Each tensor
+    must be whole on this rank: for a sharded model, ``combine`` the ranks' digests by name and give them
+    to ``model_digest_of``. Raises SpecError for a duplicate name, CoverageError for a shard.
+    """
+    check_seed(seed)
+    by_device: dict[torch.device, list[Part]] = {}
+    digests: dict[str, list[Digest]] = {}
+    for part in _model_parts(model):
+        by_device.setdefault(part.tensor.device, []).append(part)
+    for parts in by_device.values():
+        for part, row in zip(parts, Digester(parts).sums(seed), strict=True):
+            digest = _digest(part.spec, [part], row[None], seed)
+            digests.setdefault(part.spec.name, []).append(digest)
+    return model_digest_of({name: combine(found) for name, found in digests.items()}, seed=seed)
+
+
+def sub_part(part: Part, box: Box) -> Part | None:
+    """The piece of ``part`` that lies in ``box`` of the global tensor, or None: to narrow a mismatch."""
+    common = part.box.intersect(box)
+    if common is None:
+        return None
+    return Part(spec=part.spec, box=common, tensor=part.tensor[common.within(part.box)])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _digest(spec: Spec, parts: Sequence[Part], rows: npt.NDArray[np.uint64], seed: bytes) -> Digest:
+    lane0, lane1 = (sum(lane) % P for lane in zip(*rows.tolist(), strict=True)) if len(rows) else (0, 0)
+    return Digest(
+        sums=(lane0, lane1),
+        dtype=spec.dtype,
+        shape=spec.shape,
+        boxes=tuple(part.box for part in parts),
+        seed=seed,
+    )
+
+
+def _parts_of(name: str, tensor: Tensor) -> list[Part]:
+    return list(parts_of(name, tensor))
+
+
+def _model_parts(model: Any) -> list[Part]:
+    named: Any = model
+    if isinstance(model, torch.nn.Module):
+        named = _named_tensors("", model)
+    elif isinstance(model, Mapping):
+        named = [pair for prefix, module in model.items() for pair in _named_tensors(f"{prefix}.", module)]
+    parts: list[Part] = []
+    seen: set[str] = set()
+    for name, tensor in named:
+        if name in seen:
+            raise SpecError(f"{name}: expected one tensor of this name, got another; model digest")
+        seen.add(name)
+        parts += _parts_of(name, tensor)
+    return parts
+
+
+def _named_tensors(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
+    least: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        full = prefix + name
+        if id(tensor) not in least or full.encode() < least[id(tensor)][0].encode():
+            least[id(tensor)] = (full, tensor)
+    return list(least.values())
+
+
+def _plain(part: Part) -> Part:
+    tensor = part.tensor
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
+        raise SpecError(
+            f"{part.spec.name}: expected a dense tensor, got layout {tensor.layout} on {tensor.device}; digest"
+        )
+    if tuple(tensor.shape) != part.box.sizes or not part.box.inside(part.spec.shape):
+        raise SpecError(
+            f"{part.spec.name}: expected a view of box {part.box} in shape {part.spec.shape}, "
+            f"got shape {tuple(tensor.shape)}; digest"
+        )
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():  # a lazy view: its bytes are not what it reads as
+        tensor = tensor.resolve_conj().resolve_neg()
+    return Part(spec=part.spec, box=part.box, tensor=tensor)
+
+
+def _implementation(parts: list[Part], device: torch.device) -> _Sums:
+    return ReferenceSums(parts)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning(text)
