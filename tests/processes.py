@@ -40,6 +40,7 @@ class Job:
     """``size`` ranks of ``run(rank, size, **arguments)``, with torchrun's variables unless ``bare``.
 
     fails: how many ranks may end with an exception or a signal; their result is the error's text.
+    never_ends: its ranks are stopped on purpose; they are killed when all others have ended.
     """
 
     run: Callable[..., Any]
@@ -48,6 +49,7 @@ class Job:
     bare: bool = False
     env: dict[str, str] = field(default_factory=dict)
     fails: int = 0
+    never_ends: bool = False
 
 
 def _devices(index: int, total: int) -> dict[str, str]:
@@ -108,7 +110,7 @@ def run_jobs(*jobs: Job, timeout_s: float = 60.0) -> list[list[Any]]:
                 theirs.close()
                 processes.append(process)
                 running[ours] = (j, rank)
-        while running:
+        while any(not jobs[j].never_ends for j, _ in running.values()):
             ready = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = [f"job {j} rank {rank}" for j, rank in sorted(running.values())]

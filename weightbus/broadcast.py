@@ -15,7 +15,7 @@ from weightbus.install import Hook
 
 # Transfers that have started and not been finished: enough to keep the link busy, few enough that
 # an end is noticed soon.
-IN_FLIGHT = 8
+IN_FLIGHT = 4
 
 
 class Broadcast:

@@ -240,7 +240,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--dead-after", type=float, default=DEAD_AFTER_S, metavar="SECONDS", help="drop a silent peer after"
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    # A hub that a trainer started has nobody who reads along.
+    level = logging.ERROR if options.ephemeral else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     try:
         hub = Hub(options.address, ephemeral=options.ephemeral, dead_after_s=options.dead_after)
     except HubError as error:

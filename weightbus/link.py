@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -22,23 +23,44 @@ from weightbus.hub import DEAD_AFTER_S, check_loopback, host_and_port
 def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S) -> None:
     """Start a hub at ``address``, in a process of its own, unless something listens there.
 
-    The hub leaves with its last peer. Called by trainer rank 0.
+    Returns once it listens. The hub leaves with its last peer. Called by trainer rank 0.
+    Raises HubError with the hub's own words if it ends at once.
     """
     check_loopback(address)
-    try:
-        socket.create_connection(host_and_port(address), timeout=2.0).close()
-    except OSError:
-        command = [sys.executable, "-m", "weightbus.hub", "--address", address, "--ephemeral"]
+    if _listens(address):
+        return
+    command = [sys.executable, "-m", "weightbus.hub", "--address", address, "--ephemeral"]
+    with tempfile.TemporaryFile() as words:
         # A session of its own: a signal to the trainer's process group must not end the hub before
-        # the server ranks have heard of the trainer's end. A loser of a race for the port just exits.
-        subprocess.Popen(
+        # the server ranks have heard of the trainer's end.
+        hub = subprocess.Popen(
             [*command, "--dead-after", str(dead_after_s)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=None if os.environ.get("WEIGHTBUS_HUB_LOG") else subprocess.DEVNULL,
+            stderr=words,
             start_new_session=True,
         )
+        deadline = time.monotonic() + START_HUB_S
+        while not _listens(address):
+            if hub.poll() is not None:
+                words.seek(0)
+                said = words.read().decode(errors="replace").strip()
+                raise HubError(f"no hub could be started at {address}: {said}")
+            if time.monotonic() > deadline:
+                hub.kill()
+                raise HubError(f"the hub started at {address} did not listen within {START_HUB_S:.0f} s")
+            time.sleep(0.02)
 
+
+def _listens(address: str) -> bool:
+    try:
+        socket.create_connection(host_and_port(address), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+START_HUB_S = 30.0
 
 # A hello may have gone to a hub that was just leaving.
 HELLO_AGAIN_S = 3.0

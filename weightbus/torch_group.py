@@ -37,7 +37,8 @@ def gloo_backend(store: Any, rank: int, size: int, timeout_s: float, hub_address
         if interface
         else ProcessGroupGloo.create_device(hostname=local_address(hub_address))
     ]
-    options._threads = 2
+    # Transfers run in order anyway; a second thread only takes turns with the first.
+    options._threads = 1
     return ProcessGroupGloo(store, rank, size, options)
 
 
