@@ -69,7 +69,8 @@ def local_parts(name: str, tensor: Tensor) -> list[Part]:
             f"at mesh coordinate {tensor.device_mesh.get_coordinate()}"
         )
     (boxes,) = fitting
-    return [Part(spec=spec, box=box, tensor=local[index]) for box, index in boxes]
+    whole = Box.whole(local.shape)
+    return [Part(spec=spec, box=box, tensor=local[inner.within(whole)]) for box, inner in boxes]
 
 
 def mesh_position(tensors: Iterable[Tensor]) -> tuple[int, int] | None:
@@ -129,22 +130,20 @@ def _inner_first(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 @lru_cache(maxsize=65536)
 def _boxes(
     shape: tuple[int, ...], steps: tuple[Step, ...]
-) -> tuple[tuple[int, ...], tuple[tuple[Box, tuple[slice, ...]], ...]]:
-    """The local tensor's shape, and each box with its index in the local tensor."""
+) -> tuple[tuple[int, ...], tuple[tuple[Box, Box], ...]]:
+    """The local tensor's shape, and each box with the box of the local tensor that holds it."""
     runs = [_runs(n, tuple(s for s in steps if s[0] == dim)) for dim, n in enumerate(shape)]
     sizes = tuple(sum(stop - start for start, stop in dim_runs) for dim_runs in runs)
     if 0 in sizes:
         return sizes, ()
-    spans = []  # for each dim: (global start, size, local slice) of each run
+    spans = []  # for each dim: (global start, local start, size) of each run
     for dim_runs in runs:
         ends = itertools.accumulate(stop - start for start, stop in dim_runs)
-        spans.append(
-            [(a, b - a, slice(end - (b - a), end)) for (a, b), end in zip(dim_runs, ends, strict=True)]
-        )
+        spans.append([(a, end - (b - a), b - a) for (a, b), end in zip(dim_runs, ends, strict=True)])
     boxes = []
-    for span in itertools.product(*spans):
-        box = Box(tuple(s[0] for s in span), tuple(s[1] for s in span))
-        boxes.append((box, tuple(s[2] for s in span)))
+    for picked in itertools.product(*spans):
+        starts, local_starts, counts = zip(*picked, strict=True) if picked else ((), (), ())
+        boxes.append((Box(starts, counts), Box(local_starts, counts)))
     return sizes, tuple(boxes)
 
 
