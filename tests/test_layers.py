@@ -19,7 +19,17 @@ PACKAGE = "weightbus"
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
     1: ("errors", "box", "spec", "facts", "plan"),
-    2: ("layout", "torch_dtensor", "torch_copy", "bucket", "install", "digest", "ledger"),
+    2: (
+        "part",
+        "layout",
+        "torch_dtensor",
+        "torch_module",
+        "torch_copy",
+        "bucket",
+        "install",
+        "digest",
+        "ledger",
+    ),
     3: (
         "messages",
         "roster",

@@ -4,206 +4,291 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from weightbus.box import Box
 from weightbus.errors import SpecError
-from weightbus.spec import ITEMSIZE, Spec
-from weightbus.torch_dtensor import local_boxes, local_tensor, mesh_position
+from weightbus.part import Part, spec_of
+from weightbus.spec import Spec
+from weightbus.torch_dtensor import is_dtensor, local_parts, local_tensor, mesh_position
+from weightbus.torch_module import Watch, reshard, tensors_of, walk
+
+__all__ = ["Layout", "Part", "Source", "layout_of", "rank_and_size"]
 
 Source = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One box of a tensor, where it lies on this rank.
-
-    tensor: plain view of the local storage, any strides, ``tensor.shape == box.sizes``; its dtype is
-    ``spec.dtype``, and ``spec.shape`` is the global shape.
-    """
-
-    spec: Spec
-    box: Box
-    tensor: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Home:
-    """Where a tensor was found, so that its replacement is noticed: a module's own dict and key."""
-
-    table: Mapping[str, Tensor | None]
-    key: str
-
-
 class Layout:
-    """All tensors of a source on this rank: parameters and persistent buffers, tied ones once.
+    """What one rank holds of a source; everything by wire name is in canonical order, that of the names'
+    UTF-8 bytes, so that it does not hang on the order in which a model was built.
 
-    tensors: by wire name. specs: with global shapes. parts: this rank's, empty where it holds nothing.
-    aliases: further names of tied tensors, each to the name that is kept, the least in UTF-8 bytes.
-    modules: the names of a mapping source; wire names begin with one and a dot.
+    tensors: the live objects; where one is tied, any of them.
+    specs: by wire name; the same on all ranks of a job whose ranks build the same model.
+    parts: by wire name, this rank's parts; () where it holds none.
+    aliases: each left-out name of a tied tensor, and the name it travels under: the least of its
+        names by UTF-8 bytes.
+    modules: names of a mapping's modules; () for other sources.
+    owners: by wire name, the modules that hold the tensor under any of its names.
+    watch: sees whether the tensors are still where the parts say.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        aliases: Mapping[str, str],
-        modules: tuple[str, ...],
-        homes: Mapping[str, _Home],
-    ) -> None:
-        self.tensors, self.aliases, self.modules = dict(tensors), dict(aliases), modules
-        self.specs: dict[str, Spec] = {}
-        self.parts: dict[str, tuple[Part, ...]] = {}
-        for name, tensor in tensors.items():
-            self.specs[name] = _spec(name, tensor)
-            self.parts[name] = parts_of(name, tensor)
-        self._homes = homes
-        self._state = [_state(tensor) for tensor in tensors.values()]
+    tensors: dict[str, Tensor]
+    specs: dict[str, Spec]
+    parts: dict[str, tuple[Part, ...]]
+    aliases: dict[str, str]
+    modules: tuple[str, ...]
+    owners: dict[str, frozenset[str]]
+    watch: Watch
+
+    def boxes(self) -> dict[str, tuple[Box, ...]]:
+        return {name: tuple(part.box for part in parts) for name, parts in self.parts.items()}
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie. Raises SpecError if they lie on several devices."""
-        devices = {part.tensor.device: name for name, parts in self.parts.items() for part in parts}
-        if len(devices) > 1:
-            (one, a), (two, b) = list(devices.items())[:2]
+        """Where the parts lie; the CPU if there are none. Raises SpecError if they lie on several devices."""
+        names = {part.tensor.device: name for name, parts in self.parts.items() for part in parts}
+        if len(names) > 1:
+            (one, a), (two, b) = list(names.items())[:2]
             raise SpecError(f"{b}: expected a tensor on {one} like {a}, got one on {two}")
-        return next(iter(devices), torch.device("cpu"))
+        return next(iter(names), torch.device("cpu"))
 
     def select(self, modules: Sequence[str] | None) -> Layout:
-        """The tensors of some modules of a mapping source; all for None. Raises SpecError for others."""
+        """The layout of these modules of a mapping; None selects all.
+
+        A tensor that is tied across modules belongs to each of them, under its one wire name.
+        Raises SpecError for a name that is not a module's, and for no name at all.
+        """
         if modules is None:
             return self
+        known = ", ".join(self.modules) or "none, as the source is not a mapping of modules"
+        if isinstance(modules, str) or not modules:
+            raise SpecError(f"modules: expected a list of names among {known}; got {modules!r}")
         for module in modules:
             if module not in self.modules:
-                known = list(self.modules) or "none: the model is no mapping of modules"
-                raise SpecError(f"modules: expected some of {known}, got {module!r}")
-        prefixes = tuple(f"{module}." for module in modules)
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefixes)}
-        return Layout(tensors, self.aliases, tuple(modules), self._homes)
+                raise SpecError(f"{module}: expected a module among {known}; got {module!r}")
+        names = {name for name, owners in self.owners.items() if not owners.isdisjoint(modules)}
+        return replace(
+            self,
+            tensors={n: v for n, v in self.tensors.items() if n in names},
+            specs={n: v for n, v in self.specs.items() if n in names},
+            parts={n: v for n, v in self.parts.items() if n in names},
+            aliases={alias: n for alias, n in self.aliases.items() if n in names},
+            modules=tuple(m for m in self.modules if m in modules),
+            owners={n: v for n, v in self.owners.items() if n in names},
+        )
 
     def moved(self) -> str | None:
-        """The first tensor that was replaced in its module, or whose storage, shape or strides changed
-        since this layout was made; None if all is as it was. Cheap: run before every update."""
-        for (name, tensor), state in zip(self.tensors.items(), self._state, strict=True):
-            home = self._homes.get(name)
-            if (home is not None and home.table.get(home.key) is not tensor) or _state(tensor) != state:
-                return name
-        return None
+        """A name whose tensor is no longer where its parts say, of the whole source; None if all are.
+
+        Milliseconds for tens of thousands of tensors. Puts FSDP2 modules back to their sharded parameters.
+        """
+        return self.watch.moved()
 
     def overlapping(self) -> list[tuple[str, str]]:
-        """Pairs of names whose storage overlaps on this rank; writing one would change the other."""
-        spans = sorted(
-            (*_span(part.tensor), name)
-            for name, parts in self.parts.items()
-            for part in parts
-            if part.box.volume
-        )
-        last: dict[str, tuple[int, str]] = {}
-        found = []
-        for device, low, high, name in spans:
-            end, owner = last.get(device, (0, ""))
-            if low < end and owner != name:
-                found.append((owner, name))
-            if high > end:
-                last[device] = (high, name)
-        return found
+        """Pairs of names that share some memory without being tied; a name with itself if its elements do.
+
+        An error wherever the parts are to be written. n log n unless many tensors interleave.
+        """
+        spans = []
+        for name, parts in self.parts.items():
+            for tensor in (part.tensor for part in parts if part.tensor.numel()):
+                reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                low = tensor.data_ptr()
+                spans.append((str(tensor.device), low, low + (reach + 1) * tensor.itemsize, name, tensor))
+        spans.sort(key=lambda span: span[:4])
+        pairs = {(name, name) for _, _, _, name, tensor in spans if _repeats(tensor)}
+        active: list[tuple[str, int, int, str, Tensor]] = []
+        for span in spans:
+            device, low, _, name, tensor = span
+            active = [other for other in active if other[0] == device and other[2] > low]
+            for _, _, _, other, memory in active:
+                if other != name and _share(tensor, memory):
+                    pairs.add((min(name, other), max(name, other)))
+            active.append(span)
+        return sorted(pairs)
 
 
-def _state(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
-    return local.data_ptr(), local.shape, local.stride()
+@dataclass(slots=True)
+class _Tied:
+    """One tensor under all its names, in the order seen."""
+
+    tensor: Tensor
+    parts: list[Part]
+    names: list[str] = field(default_factory=list)
+    owners: set[str] = field(default_factory=set)
 
 
-def _span(tensor: Tensor) -> tuple[str, int, int]:
-    """Device, and first and last byte plus one that the tensor's elements may lie in."""
-    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
+def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
+    """The layout of a module, a mapping of names to modules, or (name, tensor) pairs, which are used up.
 
-
-def _spec(name: str, tensor: Tensor) -> Spec:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
-    if dtype not in ITEMSIZE:
-        raise SpecError(f"{name}: expected a dtype of {sorted(ITEMSIZE)}, got {dtype}")
-    if local.layout != torch.strided:
-        raise SpecError(f"{name}: expected a dense tensor, got {local.layout}")
-    if local.is_meta:
-        raise SpecError(f"{name}: expected a tensor with storage, got one on the meta device")
-    return Spec(name=name, dtype=dtype, shape=tuple(tensor.shape))
-
-
-def parts_of(name: str, tensor: Tensor) -> tuple[Part, ...]:
-    """A tensor's parts on this rank; raises SpecError if it can't travel."""
-    spec = _spec(name, tensor)
-    return tuple(Part(spec=spec, box=box, tensor=view) for box, view in _boxes(name, tensor))
-
-
-def _boxes(name: str, tensor: Tensor) -> list[tuple[Box, Tensor]]:
-    if isinstance(tensor, DTensor):
-        return local_boxes(name, tensor)
-    return [(Box.whole(tensor.shape), tensor.detach())]
-
-
-def layout_of(source: Source) -> Layout:
-    """The layout of a model, of a mapping of names to models, or of an iterable of (name, tensor).
-
-    Raises SpecError, naming the tensor: a name given twice, a dtype, layout or placement that can't travel.
+    Parameters and buffers, of these the persistent ones unless told otherwise; tied tensors once. Wire
+    names of a mapping are ``module.tensor``. Moves no data and talks to no other rank; puts FSDP2 modules
+    back to their sharded parameters.
+    Raises SpecError for a name that is given twice, and for a tensor or placement that can't be moved.
     """
-    modules: tuple[str, ...] = ()
-    if isinstance(source, nn.Module):
-        found = list(_walk(source, ""))
-    elif isinstance(source, Mapping):
-        modules = tuple(source)
-        found = []
-        for name, module in source.items():
-            if not isinstance(module, nn.Module):
-                raise SpecError(f"modules: expected a module as {name!r}, got {type(module).__name__}")
-            found += _walk(module, f"{name}.")
-    else:
-        found = [(name, tensor, None) for name, tensor in source]
-    tensors: dict[str, Tensor] = {}
-    homes: dict[str, _Home] = {}
-    kept: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor, home in sorted(found, key=lambda item: item[0].encode()):
-        if name in tensors or name in aliases:
+    visits = [(top, *visit) for top, prefix, module in _modules_of(source) for visit in walk(module, prefix)]
+    reshard([module for _, _, module in visits])
+    rows = [
+        (top, name, tensor)
+        for top, prefix, module in visits
+        for name, tensor in tensors_of(prefix, module, persistent_only=persistent_only)
+    ]
+    if not isinstance(source, nn.Module | Mapping):
+        rows = [("", name, tensor) for name, tensor in _pairs_of(source)]
+
+    groups: dict[object, _Tied] = {}  # by the tensor's identity, and by the place of its elements
+    tied: list[_Tied] = []
+    seen: set[str] = set()
+    for top, name, tensor in rows:
+        if name in seen:
             raise SpecError(f"{name}: expected each name once, got it twice")
-        if not isinstance(tensor, Tensor):
-            raise SpecError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if id(tensor) in kept:
-            aliases[name] = kept[id(tensor)]
-            continue
-        kept[id(tensor)] = name
-        tensors[name] = tensor
-        if home is not None:
-            homes[name] = home
-    return Layout(tensors, aliases, modules, homes)
+        seen.add(name)
+        group = groups.get(id(tensor))
+        if group is None:
+            parts = local_parts(name, tensor)
+            place = _place(tensor)
+            group = groups.get(place) if place else None
+            if group is None:
+                tied.append(group := _Tied(tensor, parts))
+            groups[id(tensor)] = group
+            if place:
+                groups[place] = group
+        group.names.append(name)
+        group.owners.add(top)
+
+    kept = {min(group.names, key=str.encode): group for group in tied}
+    kept = {name: kept[name] for name in sorted(kept, key=str.encode)}
+    specs = {name: spec_of(name, group.tensor) for name, group in kept.items()}
+    return Layout(
+        tensors={name: group.tensor for name, group in kept.items()},
+        specs=specs,
+        parts={n: tuple(replace(part, spec=specs[n]) for part in group.parts) for n, group in kept.items()},
+        aliases={alias: name for name, group in kept.items() for alias in group.names if alias != name},
+        modules=tuple(source) if isinstance(source, Mapping) else (),
+        owners={name: frozenset(group.owners) for name, group in kept.items()},
+        watch=Watch(
+            [(prefix, module) for _, prefix, module in visits],
+            [(name, tensor) for _, name, tensor in rows],
+            persistent_only=persistent_only,
+        ),
+    )
 
 
-def _walk(root: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, _Home | None]]:
-    for path, module in root.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
-        start = f"{path}." if path else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield start + key, parameter, _Home(module._parameters, key)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield start + key, buffer, _Home(module._buffers, key)
+def rank_and_size(source: Source | Layout, rank: int | None = None, size: int | None = None) -> tuple[int, int]:
+    """This process's rank in its job, and the job's size: as given, or the DTensor mesh's (the largest
+    mesh, see ``mesh_position``), or torchrun's RANK and WORLD_SIZE, or (0, 1).
 
-
-def rank_and_size(layout: Layout, rank: int | None, size: int | None) -> tuple[int, int]:
-    """A rank's place in its job: as given, else from the DTensors' mesh, else torchrun's variables, else
-    0 of 1. Raises SpecError if only one is given or the rank is not below the size."""
-    if (rank is None) != (size is None):
-        raise SpecError(f"rank and size: expected both or neither, got {rank} and {size}")
+    A model whose meshes span only a piece of the job (one pipeline stage, one data-parallel replica) has
+    to be given both. An iterator of pairs is used up: pass its layout.
+    Raises SpecError where one is given without the other, or the rank is not in [0, size).
+    """
+    where = "as given"
+    if rank is None and size is None:
+        layout = source if isinstance(source, Layout) else layout_of(source)
+        if (position := mesh_position(layout.watch.tensors)) is not None:
+            return position
+        where = "from the environment variables RANK and WORLD_SIZE"
+        rank, size = _environ_int("RANK"), _environ_int("WORLD_SIZE")
+        if rank is None and size is None:
+            return 0, 1
     if rank is None or size is None:
-        rank, size = mesh_position(layout.tensors.values()) or (
-            int(os.environ.get("RANK", "0")),
-            int(os.environ.get("WORLD_SIZE", "1")),
-        )
+        got = f"only rank {rank}" if size is None else f"only size {size}"
+        raise SpecError(f"rank, size: expected both or neither, got {got}; {where}")
+    if (
+        isinstance(rank, bool)
+        or isinstance(size, bool)
+        or not isinstance(rank, int)
+        or not isinstance(size, int)
+    ):
+        raise SpecError(f"rank, size: expected two integers, got {rank!r} and {size!r}; {where}")
     if not 0 <= rank < size:
-        raise SpecError(f"rank: expected one of 0 to {size - 1}, got {rank}")
+        raise SpecError(f"rank: expected 0 <= rank < size, got rank {rank} of size {size}; {where}")
     return rank, size
+
+
+def _environ_int(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise SpecError(f"{variable}: expected an integer, got {text!r}; in the environment") from None
+
+
+def _modules_of(source: Source) -> list[tuple[str, str, nn.Module]]:
+    """Each top module's name and the prefix of its wire names; none for an iterable of pairs."""
+    if isinstance(source, nn.Module):
+        return [("", "", source)]
+    if not isinstance(source, Mapping):
+        return []
+    for name, module in source.items():
+        if not isinstance(name, str) or not name:
+            raise SpecError(f"source: expected a mapping by module names, got the key {name!r}")
+        if not isinstance(module, nn.Module):
+            hint = "; pass .items() for a mapping of tensors" if isinstance(module, Tensor) else ""
+            raise SpecError(f"{name}: expected an nn.Module, got a {type(module).__name__}{hint}")
+    return [(name, f"{name}.", module) for name, module in source.items()]
+
+
+def _pairs_of(source: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(source, Iterable):
+        raise SpecError(
+            f"source: expected an nn.Module, a mapping of modules or (name, tensor) pairs, got a "
+            f"{type(source).__name__}"
+        )
+    for i, pair in enumerate(source):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise SpecError(f"source: expected (name, tensor) pairs, got a {type(pair).__name__}; at item {i}")
+        name, tensor = pair
+        if not isinstance(name, str) or not name:
+            raise SpecError(f"source: expected a tensor's name, got {name!r}; at item {i}")
+        if not isinstance(tensor, Tensor):
+            raise SpecError(f"{name}: expected a tensor, got a {type(tensor).__name__}; at item {i}")
+        yield name, tensor
+
+
+def _place(tensor: Tensor) -> tuple[object, ...] | None:
+    """Equal for tensors that are tied through different objects, as those of a state_dict; None for an
+    empty shard, which lies nowhere and is tied by identity only."""
+    local = local_tensor(tensor)
+    if not local.numel():
+        return None
+    shapes = tuple(tensor.shape), tuple(local.shape), local.stride()
+    placements = repr(tensor.placements) if is_dtensor(tensor) else ""
+    return "place", local.device, local.data_ptr(), local.dtype, shapes, placements
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether elements of one tensor may share memory: not if each stride steps over all smaller ones."""
+    reach = 0
+    for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += (n - 1) * stride
+    return False
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors whose extents overlap have bytes in common. Solved by numpy from addresses and
+    strides alone: neither tensor's memory is read, so it may be a GPU's."""
+    return np.shares_memory(_addresses(a), _addresses(b))
+
+
+def _addresses(tensor: Tensor) -> np.ndarray[Any, Any]:
+    class Addresses:
+        __array_interface__: ClassVar = {
+            "version": 3,
+            "data": (tensor.data_ptr(), True),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * tensor.itemsize for stride in tensor.stride()),
+            "typestr": f"|V{tensor.itemsize}",
+        }
+
+    return np.asarray(Addresses())

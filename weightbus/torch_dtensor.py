@@ -1,147 +1,188 @@
-"""Where a DTensor's local shard lies in the global tensor.
+"""Which boxes of a DTensor this rank holds. The only file that touches DTensor's private names.
 
-torch's private names here: ``_StridedShard`` with its ``split_factor``, and ``_local_tensor``. torch's
-own offset helper gives one offset for a shard, and is wrong where a strided shard has several runs.
+torch's own offset helper is wrong where a rank's shard is several runs of rows (a lone ``_StridedShard``), so
+the boxes come from what torch does when it distributes: each mesh dim, left to right, splits what the
+dims before it left. ``Shard`` follows ``torch.chunk``; ``_StridedShard`` is asked to split an index vector.
+``fully_shard`` of a tensor-parallel parameter calls itself ``_StridedShard`` too, but it splits what tensor
+parallelism left, from right to left. For most uneven sizes, and all even ones, that comes to the same.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
+import math
 from collections.abc import Iterable
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, TypeGuard, cast
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from weightbus.box import Box
 from weightbus.errors import SpecError
+from weightbus.part import Part, check_plain, plain_view, spec_of
 
-# Consecutive indices of one axis: (first, count).
-Run = tuple[int, int]
+Step = tuple[int, int, int, int]
+"""One split: tensor dim, split factor (0 for a plain Shard), number of shards, this rank's shard."""
 
-
-def local_tensor(tensor: DTensor) -> Tensor:
-    """The rank's own storage. ``to_local`` would record a gradient and may give another view."""
-    local = tensor._local_tensor
-    assert isinstance(local, Tensor)
-    return local.detach()
+Runs = tuple[tuple[int, int], ...]
+"""Start and stop of each run of indices of one dim, in the order of the local tensor."""
 
 
-def local_boxes(name: str, tensor: DTensor) -> list[tuple[Box, Tensor]]:
-    """This rank's boxes of the global tensor, each with its view of the local storage; in order.
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    return isinstance(tensor, DTensor)
 
-    Raises SpecError for ``Partial`` and for placements that are not known here.
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds: a DTensor's very own local tensor (``to_local`` may wrap it), else the tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def local_parts(name: str, tensor: Tensor) -> list[Part]:
+    """The parts of ``tensor`` that this rank holds, sharing its storage.
+
+    A plain tensor is one part, the whole box. A DTensor has one part for each box, in row-major order of
+    the local tensor; none where its shard is empty, or where this rank is not of its mesh.
+    Raises SpecError for a placement other than Replicate, Shard and _StridedShard, for a tensor that can't
+    be moved (``check_plain``), and where the local shape is not what the placements say.
     """
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
+    spec = spec_of(name, tensor)
+    if not isinstance(tensor, DTensor):
+        check_plain(name, tensor)
+        return [Part(spec=spec, box=Box.whole(spec.shape), tensor=plain_view(tensor))]
+    steps = _steps(name, tensor)
+    if steps is None:
         return []
-    axes: list[list[tuple[int, int, int]]] = [[] for _ in tensor.shape]
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            continue
-        if not isinstance(placement, Shard | _StridedShard):
-            raise SpecError(
-                f"{name}: expected Replicate or Shard placements, got {placement!r}; mesh axis {mesh_dim}"
-            )
-        stride = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
-        axes[placement.dim % tensor.ndim].append((mesh.size(mesh_dim), coordinate[mesh_dim], stride))
-    runs = [
-        axis_runs(size, tuple(shards)) if shards else ((0, size),)
-        for size, shards in zip(tensor.shape, axes, strict=True)
-    ]
-    local = local_tensor(tensor)
-    expected = [sum(count for _, count in axis) for axis in runs]
-    if list(local.shape) != expected:
+    check_plain(name, local_tensor(tensor))
+    local = plain_view(local_tensor(tensor))
+    readings = {_boxes(spec.shape, order) for order in (steps, _inner_first(steps))}
+    fitting = [boxes for sizes, boxes in readings if local.shape == sizes]
+    if len(fitting) != 1 or local.dtype != tensor.dtype:
+        sizes = " or ".join(str(list(sizes)) for sizes, _ in sorted(readings, key=itemgetter(0)))
+        why = "which fits two ways of sharding" if len(fitting) > 1 else f"{list(local.shape)} {local.dtype}"
         raise SpecError(
-            f"{name}: expected a local shard of shape {expected} for {list(tensor.shape)} under "
-            f"{tuple(tensor.placements)}, got {list(local.shape)}; mesh coordinate {coordinate}"
+            f"{name}: expected a local tensor of {sizes} {tensor.dtype} for {tensor.placements} of "
+            f"{list(spec.shape)} on mesh {list(tensor.device_mesh.shape)}, got {why}; "
+            f"at mesh coordinate {tensor.device_mesh.get_coordinate()}"
         )
-    starts = [tuple(itertools.accumulate((count for _, count in axis), initial=0)) for axis in runs]
-    boxes = []
-    for picks in itertools.product(*(range(len(axis)) for axis in runs)):
-        chosen = [axis[pick] for axis, pick in zip(runs, picks, strict=True)]
-        box = Box(tuple(first for first, _ in chosen), tuple(count for _, count in chosen))
-        index = tuple(
-            slice(start[pick], start[pick] + count)
-            for start, pick, (_, count) in zip(starts, picks, chosen, strict=True)
-        )
-        if box.volume or not tensor.numel():
-            boxes.append((box, local[index]))
-    return boxes
-
-
-@functools.lru_cache(maxsize=4096)
-def axis_runs(size: int, shards: tuple[tuple[int, int, int], ...]) -> tuple[Run, ...]:
-    """The indices of one axis that are left after sharding, as runs.
-
-    shards: (mesh size, this rank's coordinate, split factor; 1 for a plain shard) of the mesh
-    dimensions that shard the axis, outermost first.
-    """
-    runs: list[Run] = [(0, size)] if size else []
-    for count, coordinate, stride in _order(shards):
-        total = sum(n for _, n in runs)
-        # chunk() into ``stride`` pieces, each of them into ``count``, of each the coordinate's.
-        picked: list[Run] = []
-        for outer_start, outer_size in _chunks(total, stride):
-            start, length = _chunks(outer_size, count)[coordinate]
-            picked += _slice(runs, outer_start + start, length)
-        runs = _merge(picked)
-    return tuple(runs)
-
-
-def _order(shards: tuple[tuple[int, int, int], ...]) -> list[tuple[int, int, int]]:
-    """The order in which shards were applied. A strided shard whose factor is the number of shards
-    inside it stands for a plain shard applied after them: FSDP of what TP has sharded before."""
-    if not shards:
-        return []
-    (count, coordinate, stride), rest = shards[0], shards[1:]
-    inside = 1
-    for size, _, _ in rest:
-        inside *= size
-    if stride > 1 and stride == inside:
-        return [*_order(rest), (count, coordinate, 1)]
-    return [shards[0], *_order(rest)]
-
-
-def _chunks(size: int, count: int) -> list[Run]:
-    """torch.chunk's pieces: ceil(size / count) each, the last ones shorter or empty."""
-    step = -(-size // count)
-    return [(min(i * step, size), min((i + 1) * step, size) - min(i * step, size)) for i in range(count)]
-
-
-def _slice(runs: Iterable[Run], start: int, length: int) -> list[Run]:
-    """Part of the sequence of indices that ``runs`` spell out."""
-    found = []
-    for first, count in runs:
-        low, high = max(start, 0), min(start + length, count)
-        if low < high:
-            found.append((first + low, high - low))
-        start -= count
-    return found
-
-
-def _merge(runs: Iterable[Run]) -> list[Run]:
-    merged: list[Run] = []
-    for first, count in runs:
-        if merged and merged[-1][0] + merged[-1][1] == first:
-            merged[-1] = (merged[-1][0], merged[-1][1] + count)
-        else:
-            merged.append((first, count))
-    return merged
+    (boxes,) = fitting
+    whole = Box.whole(local.shape)
+    return [Part(spec=spec, box=box, tensor=local[inner.within(whole)]) for box, inner in boxes]
 
 
 def mesh_position(tensors: Iterable[Tensor]) -> tuple[int, int] | None:
-    """This rank's place in the largest device mesh of the DTensors, and its size; None without any."""
-    meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
-    if not meshes:
-        return None
-    mesh = max(meshes, key=lambda mesh: mesh.size())
+    """This rank's row-major position in the DTensors' device mesh, and the mesh's size.
+
+    Of several meshes the largest counts, of equal ones the first. None if there is no DTensor, or none
+    whose mesh has this rank.
+    """
+    best: tuple[int, int] | None = None
+    for mesh in {id(t.device_mesh): t.device_mesh for t in tensors if isinstance(t, DTensor)}.values():
+        coordinate = mesh.get_coordinate()
+        if coordinate is not None and (best is None or mesh.size() > best[1]):
+            position = 0
+            for index, size in zip(coordinate, mesh.shape, strict=True):
+                position = position * size + index
+            best = position, mesh.size()
+    return best
+
+
+def _steps(name: str, tensor: DTensor) -> tuple[Step, ...] | None:
+    """The splits that lead to this rank's shard, in order; None where this rank is not of the mesh."""
+    # Checked before the coordinate, so that ranks outside the mesh refuse too.
+    for placement in tensor.placements:
+        if type(placement) not in (Replicate, Shard, _StridedShard):
+            raise SpecError(
+                f"{name}: expected placements Replicate, Shard and _StridedShard, got {placement!r}"
+            )
+        if type(placement) is not Replicate and not -tensor.ndim <= cast(Any, placement).dim < tensor.ndim:
+            raise SpecError(f"{name}: expected placements of {tensor.ndim} dims, got {placement!r}")
+    order = getattr(tensor._spec, "shard_order", None) or ()
+    if any(list(entry.mesh_dims) != sorted(entry.mesh_dims) for entry in order):
+        raise SpecError(f"{name}: expected mesh dims that shard from left to right, got shard order {order}")
+    mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None
-    rank = 0
-    for size, place in zip(mesh.shape, coordinate, strict=True):
-        rank = rank * size + place
-    return rank, mesh.size()
+    steps = []
+    for placement, count, index in zip(tensor.placements, mesh.shape, coordinate, strict=True):
+        if type(placement) is not Replicate:
+            sharded = cast(Any, placement)
+            factor = int(sharded.split_factor) if type(placement) is _StridedShard else 0
+            steps.append((sharded.dim % tensor.ndim, factor, count, index))
+    return tuple(steps)
+
+
+def _inner_first(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The splits as fully_shard orders them: a strided one, whose factor is the number of shards inside
+    it, is a plain one that comes after these."""
+    if not steps:
+        return ()
+    (dim, factor, count, index), inner = steps[0], steps[1:]
+    if factor > 1 and factor == math.prod(step[2] for step in inner if step[0] == dim):
+        return (*_inner_first(inner), (dim, 0, count, index))
+    return (steps[0], *_inner_first(inner))
+
+
+@lru_cache(maxsize=65536)
+def _boxes(
+    shape: tuple[int, ...], steps: tuple[Step, ...]
+) -> tuple[tuple[int, ...], tuple[tuple[Box, Box], ...]]:
+    """The local tensor's shape, and each box with the box of the local tensor that holds it."""
+    runs = [_runs(n, tuple(s for s in steps if s[0] == dim)) for dim, n in enumerate(shape)]
+    sizes = tuple(sum(stop - start for start, stop in dim_runs) for dim_runs in runs)
+    if 0 in sizes:
+        return sizes, ()
+    spans = []  # for each dim: (global start, local start, size) of each run
+    for dim_runs in runs:
+        ends = itertools.accumulate(stop - start for start, stop in dim_runs)
+        spans.append([(a, end - (b - a), b - a) for (a, b), end in zip(dim_runs, ends, strict=True)])
+    boxes = []
+    for picked in itertools.product(*spans):
+        starts, local_starts, counts = zip(*picked, strict=True) if picked else ((), (), ())
+        boxes.append((Box(starts, counts), Box(local_starts, counts)))
+    return sizes, tuple(boxes)
+
+
+@lru_cache(maxsize=65536)
+def _runs(size: int, steps: tuple[Step, ...]) -> Runs:
+    """The indices of a dim of ``size`` that are left after ``steps``."""
+    runs: Runs = ((0, size),) if size else ()
+    for _, factor, count, index in steps:
+        runs = _strided_shard(runs, factor, count, index) if factor else _shard(runs, count, index)
+    return runs
+
+
+def _shard(runs: Runs, count: int, index: int) -> Runs:
+    """Shard ``index`` of ``count`` as torch.chunk cuts: all of the rounded-up size, the last ones shorter."""
+    total = sum(stop - start for start, stop in runs)
+    size = -(-total // count)
+    low, high = size * index, size * (index + 1)
+    kept, at = [], 0
+    for start, stop in runs:
+        first, last = max(low, at), min(high, at + stop - start)
+        if first < last:
+            kept.append((start + first - at, start + last - at))
+        at += stop - start
+    return tuple(kept)
+
+
+def _strided_shard(runs: Runs, factor: int, count: int, index: int) -> Runs:
+    indices = (
+        torch.cat([torch.arange(a, b, device="cpu") for a, b in runs])
+        if runs
+        else torch.arange(0, device="cpu")
+    )
+    pieces, _ = _StridedShard(0, split_factor=factor)._split_tensor(
+        indices, count, with_padding=False, contiguous=False
+    )
+    held = pieces[index]
+    if not len(held):
+        return ()
+    breaks = torch.nonzero(held[1:] != held[:-1] + 1).flatten()
+    starts = [int(held[0]), *held[breaks + 1].tolist()]
+    lasts = [*held[breaks].tolist(), int(held[-1])]
+    return tuple((start, last + 1) for start, last in zip(starts, lasts, strict=True))

@@ -16,8 +16,9 @@ from weightbus.box import Box
 from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine, model_digest_of
 from weightbus.digest.reference import ReferenceSums
 from weightbus.errors import SpecError
-from weightbus.layout import Part, parts_of
+from weightbus.layout import Part
 from weightbus.spec import Spec
+from weightbus.torch_dtensor import local_parts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,7 +114,7 @@ def _digest(spec: Spec, parts: Sequence[Part], rows: npt.NDArray[np.uint64], see
 
 
 def _parts_of(name: str, tensor: Tensor) -> list[Part]:
-    return list(parts_of(name, tensor))
+    return local_parts(name, tensor)
 
 
 def _model_parts(model: Any) -> list[Part]:

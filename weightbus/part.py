@@ -1,0 +1,62 @@
+"""A piece of a tensor where it lies, and which tensors can be moved at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from weightbus.box import Box
+from weightbus.errors import SpecError
+from weightbus.spec import ITEMSIZE, Spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One box of a tensor, where it lies on this rank.
+
+    tensor: plain view of the local storage, any strides, ``tensor.shape == box.sizes``; its dtype is
+    ``spec.dtype``, and ``spec.shape`` is the global shape.
+    """
+
+    spec: Spec
+    box: Box
+    tensor: Tensor
+
+
+def spec_of(name: str, tensor: Tensor) -> Spec:
+    """Spec of a tensor or DTensor (whose shape is the global one). Raises SpecError as check_plain does."""
+    if is_lazy(tensor):
+        raise SpecError(
+            f"{name}: expected a tensor with a shape, got {type(tensor).__name__}; run the model once"
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ITEMSIZE:
+        raise SpecError(f"{name}: expected a dtype among {', '.join(ITEMSIZE)}, got {dtype}")
+    return Spec(name=name, dtype=dtype, shape=tuple(tensor.shape))
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raise SpecError unless the tensor's elements lie in storage of its own as its strides say.
+
+    Refused: meta, sparse, lazily conjugated or negated tensors, and subclasses with their own
+    ``__torch_dispatch__`` (fake and quantised wrappers), whose data is somewhere else. A subclass without
+    one, as engines make of Parameter, is plain.
+    """
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise SpecError(f"{name}: expected a plain tensor or a DTensor, got a {type(tensor).__name__}")
+    if tensor.device.type == "meta":
+        raise SpecError(f"{name}: expected a tensor with storage, got one on the meta device")
+    if tensor.layout != torch.strided:
+        raise SpecError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+    if tensor.is_conj() or tensor.is_neg():
+        # Their bytes are not their values.
+        raise SpecError(f"{name}: expected a materialised tensor, got a lazy conjugate or negative view")
+
+
+def plain_view(tensor: Tensor) -> Tensor:
+    """The same storage as a base-class tensor without autograd."""
+    view = tensor.detach()
+    return view if type(view) is Tensor else view.as_subclass(Tensor)

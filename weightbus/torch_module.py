@@ -1,0 +1,138 @@
+"""The tensors of an nn.Module, and whether they moved. The only file that touches its private names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, eq, is_
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from weightbus.errors import SpecError
+from weightbus.torch_dtensor import is_dtensor, local_tensor
+
+WRAPPER_KEYS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Children by which torch.compile and activation checkpointing hold a module; left out of names."""
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under ``module``, itself first, by each of its names; names end with a dot.
+
+    Names leave out the wrappers of torch.compile, activation checkpointing and DistributedDataParallel.
+    Raises SpecError for FSDP1, whose parameters are flat pieces without a shape.
+    """
+    if isinstance(module, FullyShardedDataParallel):
+        raise SpecError(
+            f"{prefix.rstrip('.') or 'model'}: expected FSDP2 (fully_shard), got FSDP1 "
+            f"(FullyShardedDataParallel), whose flat parameters have no boxes"
+        )
+    yield prefix, module
+    for key, child in module._modules.items():
+        if child is not None:
+            wrapper = key in WRAPPER_KEYS or (isinstance(module, DistributedDataParallel) and key == "module")
+            yield from walk(child, prefix if wrapper else f"{prefix}{key}.")
+
+
+def tensors_of(prefix: str, module: nn.Module, *, persistent_only: bool) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and then buffers of this one module, in its own order."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + key, parameter
+    for key, buffer in module._buffers.items():
+        if buffer is not None and not (persistent_only and key in module._non_persistent_buffers_set):
+            yield prefix + key, buffer
+
+
+def reshard(modules: Sequence[nn.Module]) -> None:
+    """Put FSDP2 modules back to their sharded parameters, as state_dict() does.
+
+    A root module stays gathered after a forward pass without a backward; what is written to its gathered
+    parameters would be lost at the next reshard.
+    """
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+_get: Callable[[dict[str, Any], str], Any] = dict.get
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Columns of tensors that are all DTensors (``sharded``), or all not."""
+
+    sharded: bool
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    views: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, sharded: bool, tensors: Sequence[tuple[str, Tensor]]) -> _Places:
+        rows = [(name, tensor) for name, tensor in tensors if is_dtensor(tensor) == sharded]
+        views = tuple(local_tensor(tensor).detach() for _, tensor in rows)
+        return cls(sharded, tuple(name for name, _ in rows), tuple(tensor for _, tensor in rows), views)
+
+
+class Watch:
+    """Sees whether tensors are still the objects, at the addresses, that a layout was made of.
+
+    In columns, so that the check of 20,000 tensors is a few loops in C.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[tuple[str, nn.Module]],
+        tensors: Sequence[tuple[str, Tensor]],
+        *,
+        persistent_only: bool,
+    ) -> None:
+        """modules: as ``walk`` gives them. tensors: all that the layout holds, under all their names."""
+        slots: list[tuple[str, dict[str, Any], str, object]] = []
+        self._dicts: list[tuple[str, dict[str, Any]]] = []
+        for prefix, module in modules:
+            # Models rebind their non-persistent buffers (rotary caches) as they go.
+            skipped = module._non_persistent_buffers_set if persistent_only else ()
+            for held in (module._modules, module._parameters, module._buffers):
+                self._dicts.append((prefix, held))
+                slots += [(prefix + key, held, key, value) for key, value in held.items() if key not in skipped]
+        self._names = [name for name, _, _, _ in slots]
+        self._held = [held for _, held, _, _ in slots]
+        self._keys = [key for _, _, key, _ in slots]
+        self._values = [value for _, _, _, value in slots]
+        self._counts = [len(held) for _, held in self._dicts]
+        self._fsdp = [module for _, module in modules if isinstance(module, FSDPModule)]
+        self._places = [_Places.of(sharded, tensors) for sharded in (False, True)]
+        self._addresses = [[view.data_ptr() for view in places.views] for places in self._places]
+        self._dtypes = [[view.dtype for view in places.views] for places in self._places]
+        self.tensors = [tensor for _, tensor in tensors]
+
+    def moved(self) -> str | None:
+        """Name of a tensor or module that was replaced, added, removed, resized or given other storage."""
+        reshard(self._fsdp)
+        if not all(map(is_, map(_get, self._held, self._keys), self._values)):
+            slots = zip(self._names, self._held, self._keys, self._values, strict=True)
+            return next(name for name, held, key, value in slots if held.get(key) is not value)
+        if [len(held) for _, held in self._dicts] != self._counts:
+            counts = zip(self._dicts, self._counts, strict=True)
+            prefix, changed = next(entry for entry, count in counts if len(entry[1]) != count)
+            known = {key for held, key in zip(self._held, self._keys, strict=True) if held is changed}
+            return prefix + next(key for key in changed if key not in known)
+        for places, addresses, dtypes in zip(self._places, self._addresses, self._dtypes, strict=True):
+            now = list(map(local_tensor, places.tensors)) if places.sharded else places.tensors
+            # A view of the same storage, strides and shape may still have a new dtype, or storage that
+            # was itself given other memory.
+            if not (
+                all(map(eq, map(Tensor.data_ptr, now), addresses))
+                and all(map(is_, map(attrgetter("dtype"), now), dtypes))
+                and all(map(Tensor.is_set_to, now, places.views))
+            ):
+                rows = zip(places.names, now, places.views, addresses, strict=True)
+                return next(
+                    name
+                    for name, tensor, view, address in rows
+                    if tensor.data_ptr() != address or tensor.dtype != view.dtype or not tensor.is_set_to(view)
+                )
+        return None
