@@ -2,9 +2,9 @@
 
     python benchmarks/digest.py [--device cuda|cpu] [--json FILE]
 
-Bits first: ``#wrong`` counts the tensors whose sums differ from another implementation's over the same bytes
-(CUDA against the CPU extension, the CPU extension against the torch reference). Times are medians of whole calls
-of ``Digester.sums``, launches, synchronisation and copy of the results included.
+Bits first: ``#wrong`` counts the tensors whose sums differ from another implementation's over the same
+bytes (CUDA against the CPU extension, that against the torch reference). Times are medians of whole calls of
+``Digester.sums``, launches, synchronisation and copy of the results included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from weightbus.box import Box
 from weightbus.digest import STABLE_SEED, Digester
 from weightbus.digest.cpu import CpuSums
 from weightbus.digest.reference import ReferenceSums
-from weightbus.layout import Part
+from weightbus.part import Part
 from weightbus.spec import Spec
 
 GIB = 1 << 30
@@ -63,7 +63,8 @@ def qwen3_8b() -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the 399 tensors of Qwen3-8B."""
     hidden, inner, kv, vocabulary = 4096, 12288, 1024, 151936
     layer = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, hidden), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,),
         "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
         "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
@@ -74,7 +75,12 @@ def qwen3_8b() -> list[tuple[str, tuple[int, ...]]]:
 
 
 def random_bf16(shape: Sequence[int], device: str) -> torch.Tensor:
-    return torch.empty(tuple(shape), dtype=torch.bfloat16, device=device).view(torch.int16).random_().view(torch.bfloat16)
+    return (
+        torch.empty(tuple(shape), dtype=torch.bfloat16, device=device)
+        .view(torch.int16)
+        .random_()
+        .view(torch.bfloat16)
+    )
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -220,7 +226,9 @@ def _commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each case (default 15)")
     parser.add_argument("--commit", default=None, help="recorded instead of git's answer")
@@ -229,7 +237,14 @@ def main() -> None:
     baseline = "ceiling" if args.device == "cuda" else "SHA-256"
     table = Table("what", "tensors", "MB", "us", "GB/s", f"of {baseline}", "#wrong")
     for r in rows:
-        cells = (r["tensors"], round(r["bytes"] / 1e6, 1), r["us"], r["GB/s"], f"{r['of_baseline']:.2f}", r["wrong"])
+        cells = (
+            r["tensors"],
+            round(r["bytes"] / 1e6, 1),
+            r["us"],
+            r["GB/s"],
+            f"{r['of_baseline']:.2f}",
+            r["wrong"],
+        )
         table.add_row(r["what"], *map(str, cells))
     Console(width=120).print(table)
     if args.json:

@@ -14,7 +14,7 @@ import numpy as np
 
 from weightbus.digest.grid61 import axis_keys
 from weightbus.digest.segments import Tiling, segments_of
-from weightbus.layout import Part
+from weightbus.part import Part
 
 TABLE_PER_AXIS = 7 * 64
 COMPILER = shutil.which("g++") or shutil.which("c++")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weightbus.box import Box
-from weightbus.layout import Part
+from weightbus.part import Part
 from weightbus.spec import Spec
 
 DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.int64, 16: torch.complex128}
@@ -29,7 +29,9 @@ def to_bytes(tensor: Tensor) -> bytes:
     return bytes(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
-def part_of(tensor: Tensor, shape: Sequence[int] | None = None, box: Box | None = None, name: str = "t") -> Part:
+def part_of(
+    tensor: Tensor, shape: Sequence[int] | None = None, box: Box | None = None, name: str = "t"
+) -> Part:
     shape = tuple(tensor.shape if shape is None else shape)
     spec = Spec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=shape)
     return Part(spec=spec, box=box or Box.whole(shape), tensor=tensor)
@@ -85,7 +87,9 @@ def held_otherwise(rng: random.Random, tensor: Tensor) -> Tensor:
         back = [order.index(axis) for axis in range(tensor.dim())]
         return tensor.permute(order).contiguous().permute(back)
     if how == 1 and tensor.dim():
-        wide = torch.zeros([n + rng.randrange(4) for n in tensor.shape], dtype=tensor.dtype, device=tensor.device)
+        wide = torch.zeros(
+            [n + rng.randrange(4) for n in tensor.shape], dtype=tensor.dtype, device=tensor.device
+        )
         view = wide[tuple(slice(0, n) for n in tensor.shape)]
     elif how == 2:
         shift = rng.randrange(10)
@@ -105,7 +109,9 @@ def random_part(rng: random.Random, device: str = "cpu", max_bytes: int = 20_000
     while math.prod(shape) * itemsize > max_bytes:
         shape[rng.randrange(len(shape))] = rng.choice([1, 2, 3])
     offsets = [rng.randrange(n) if rng.random() < 0.6 else 0 for n in shape]
-    sizes = [rng.randint(1, n - o) if rng.random() < 0.6 else n - o for n, o in zip(shape, offsets, strict=True)]
+    sizes = [
+        rng.randint(1, n - o) if rng.random() < 0.6 else n - o for n, o in zip(shape, offsets, strict=True)
+    ]
     tensor = held_otherwise(rng, random_tensor(rng, itemsize, sizes, device))
     return part_of(tensor, shape, Box(tuple(offsets), tuple(sizes)))
 

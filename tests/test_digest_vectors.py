@@ -19,7 +19,7 @@ from vectors.make_grid61 import box_bytes, cases
 from weightbus.box import Box
 from weightbus.digest import Digester
 from weightbus.digest.reference import ReferenceSums
-from weightbus.layout import Part
+from weightbus.part import Part
 
 RECORD = json.loads((Path(__file__).parent / "vectors" / "grid61.json").read_text())
 
@@ -56,7 +56,9 @@ def test_vectors(make: Make, device: str) -> None:
     by_seed: dict[str, list[tuple[Part, str]]] = {}
     for vector in RECORD["vectors"]:
         shape, offsets, sizes = (tuple(vector[key]) for key in ("shape", "offsets", "sizes"))
-        tensor = from_bytes(box_bytes(vector["itemsize"], shape, offsets, sizes), vector["itemsize"], sizes, device)
+        tensor = from_bytes(
+            box_bytes(vector["itemsize"], shape, offsets, sizes), vector["itemsize"], sizes, device
+        )
         found = by_seed.setdefault(vector["seed"], [])
         found.append((part_of(tensor, shape, Box(offsets, sizes)), vector["digest"]))
     for seed, pairs in by_seed.items():
@@ -68,7 +70,9 @@ def test_vectors(make: Make, device: str) -> None:
 def test_the_vectors_are_those_of_the_definition() -> None:
     for vector, case in zip(RECORD["vectors"], cases(), strict=True):
         itemsize, shape, offsets, sizes, seed = case
-        lane0, lane1 = defined_sums(box_bytes(itemsize, shape, offsets, sizes), itemsize, shape, offsets, sizes, seed)
+        lane0, lane1 = defined_sums(
+            box_bytes(itemsize, shape, offsets, sizes), itemsize, shape, offsets, sizes, seed
+        )
         assert vector["digest"] == f"grid61:{lane0:016x}{lane1:016x}"
 
 

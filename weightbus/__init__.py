@@ -6,28 +6,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightbus.digest import Digest, combine, model_digest, tensor_digest
-    from weightbus.errors import WeightbusError
-    from weightbus.publisher import Publisher
-    from weightbus.subscriber import Subscriber
-
-__all__ = ["Digest", "Publisher", "Subscriber", "WeightbusError", "combine", "model_digest", "tensor_digest"]
+    from weightbus.digest import Digest as Digest
+    from weightbus.digest import combine as combine
+    from weightbus.digest import model_digest as model_digest
+    from weightbus.digest import tensor_digest as tensor_digest
+    from weightbus.errors import HubError as HubError
+    from weightbus.errors import SpecError as SpecError
+    from weightbus.errors import TornError as TornError
+    from weightbus.errors import UpdateError as UpdateError
+    from weightbus.errors import WeightbusError as WeightbusError
+    from weightbus.publisher import Publisher as Publisher
+    from weightbus.subscriber import Subscriber as Subscriber
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Digest": "digest",
-    "Publisher": "publisher",
-    "Subscriber": "subscriber",
-    "WeightbusError": "errors",
-    "combine": "digest",
-    "model_digest": "digest",
-    "tensor_digest": "digest",
+# Public names by module, imported on first use, as the hub must start without torch.
+_PUBLIC = {
+    "digest": ["Digest", "combine", "model_digest", "tensor_digest"],
+    "errors": ["HubError", "SpecError", "TornError", "UpdateError", "WeightbusError"],
+    "publisher": ["Publisher"],
+    "subscriber": ["Subscriber"],
 }
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the hub is part of this package and must start without torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"weightbus.{_HOME[name]}"), name)

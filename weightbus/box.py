@@ -43,7 +43,7 @@ class Box:
 
     def inside(self, shape: Sequence[int]) -> bool:
         return len(shape) == len(self.sizes) and all(
-            0 <= o and 0 <= n and o + n <= whole
+            o >= 0 and n >= 0 and o + n <= whole
             for o, n, whole in zip(self.offsets, self.sizes, shape, strict=True)
         )
 
@@ -58,8 +58,8 @@ class Box:
         for start in range(0, self.sizes[axis], step):
             size = min(step, self.sizes[axis] - start)
             piece = Box(
-                self.offsets[:axis] + (self.offsets[axis] + start,) + self.offsets[axis + 1 :],
-                self.sizes[:axis] + (size,) + self.sizes[axis + 1 :],
+                (*self.offsets[:axis], self.offsets[axis] + start, *self.offsets[axis + 1 :]),
+                (*self.sizes[:axis], size, *self.sizes[axis + 1 :]),
             )
             pieces += piece.split(max_elements)
         return pieces

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from weightbus.box import Box
@@ -24,8 +25,10 @@ Source = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What one rank holds of a source. ``specs`` and ``parts`` are in the model's own order.
+    """What one rank holds of a source; everything by wire name is in canonical order, that of the names'
+    UTF-8 bytes, so that it does not hang on the order in which a model was built.
 
+    tensors: the live objects; where one is tied, any of them.
     specs: by wire name; the same on all ranks of a job whose ranks build the same model.
     parts: by wire name, this rank's parts; () where it holds none.
     aliases: each left-out name of a tied tensor, and the name it travels under: the least of its
@@ -35,6 +38,7 @@ class Layout:
     watch: sees whether the tensors are still where the parts say.
     """
 
+    tensors: dict[str, Tensor]
     specs: dict[str, Spec]
     parts: dict[str, tuple[Part, ...]]
     aliases: dict[str, str]
@@ -45,9 +49,14 @@ class Layout:
     def boxes(self) -> dict[str, tuple[Box, ...]]:
         return {name: tuple(part.box for part in parts) for name, parts in self.parts.items()}
 
-    def canonical(self) -> list[Spec]:
-        """The specs sorted by the UTF-8 bytes of their names: a manifest's order, whatever the model's is."""
-        return [self.specs[name] for name in sorted(self.specs, key=str.encode)]
+    @property
+    def device(self) -> torch.device:
+        """Where the parts lie; the CPU if there are none. Raises SpecError if they lie on several devices."""
+        names = {part.tensor.device: name for name, parts in self.parts.items() for part in parts}
+        if len(names) > 1:
+            (one, a), (two, b) = list(names.items())[:2]
+            raise SpecError(f"{b}: expected a tensor on {one} like {a}, got one on {two}")
+        return next(iter(names), torch.device("cpu"))
 
     def select(self, modules: Sequence[str] | None) -> Layout:
         """The layout of these modules of a mapping; None selects all.
@@ -66,6 +75,7 @@ class Layout:
         names = {name for name, owners in self.owners.items() if not owners.isdisjoint(modules)}
         return replace(
             self,
+            tensors={n: v for n, v in self.tensors.items() if n in names},
             specs={n: v for n, v in self.specs.items() if n in names},
             parts={n: v for n, v in self.parts.items() if n in names},
             aliases={alias: n for alias, n in self.aliases.items() if n in names},
@@ -108,9 +118,10 @@ class Layout:
 class _Tied:
     """One tensor under all its names, in the order seen."""
 
-    names: list[str]
-    owners: set[str]
+    tensor: Tensor
     parts: list[Part]
+    names: list[str] = field(default_factory=list)
+    owners: set[str] = field(default_factory=set)
 
 
 def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
@@ -144,27 +155,23 @@ def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
             place = _place(tensor)
             group = groups.get(place) if place else None
             if group is None:
-                tied.append(group := _Tied([], set(), parts))
+                tied.append(group := _Tied(tensor, parts))
             groups[id(tensor)] = group
             if place:
                 groups[place] = group
         group.names.append(name)
         group.owners.add(top)
 
-    specs, parts_of, aliases, owners = {}, {}, {}, {}
-    by_name = {name: tensor for _, name, tensor in rows}
-    for group in tied:
-        kept = min(group.names, key=str.encode)
-        specs[kept] = spec = spec_of(kept, by_name[kept])
-        parts_of[kept] = tuple(replace(part, spec=spec) for part in group.parts)
-        aliases.update({name: kept for name in group.names if name != kept})
-        owners[kept] = frozenset(group.owners)
+    kept = {min(group.names, key=str.encode): group for group in tied}
+    kept = {name: kept[name] for name in sorted(kept, key=str.encode)}
+    specs = {name: spec_of(name, group.tensor) for name, group in kept.items()}
     return Layout(
+        tensors={name: group.tensor for name, group in kept.items()},
         specs=specs,
-        parts=parts_of,
-        aliases=aliases,
+        parts={n: tuple(replace(part, spec=specs[n]) for part in group.parts) for n, group in kept.items()},
+        aliases={alias: name for name, group in kept.items() for alias in group.names if alias != name},
         modules=tuple(source) if isinstance(source, Mapping) else (),
-        owners=owners,
+        owners={name: frozenset(group.owners) for name, group in kept.items()},
         watch=Watch(
             [(prefix, module) for _, prefix, module in visits],
             [(name, tensor) for _, name, tensor in rows],
@@ -173,9 +180,7 @@ def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
     )
 
 
-def rank_and_size(
-    source: Source | Layout, rank: int | None = None, size: int | None = None
-) -> tuple[int, int]:
+def rank_and_size(source: Source | Layout, rank: int | None = None, size: int | None = None) -> tuple[int, int]:
     """This process's rank in its job, and the job's size: as given, or the DTensor mesh's (the largest
     mesh, see ``mesh_position``), or torchrun's RANK and WORLD_SIZE, or (0, 1).
 
@@ -240,9 +245,7 @@ def _pairs_of(source: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
         )
     for i, pair in enumerate(source):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise SpecError(
-                f"source: expected (name, tensor) pairs, got a {type(pair).__name__}; at item {i}"
-            )
+            raise SpecError(f"source: expected (name, tensor) pairs, got a {type(pair).__name__}; at item {i}")
         name, tensor = pair
         if not isinstance(name, str) or not name:
             raise SpecError(f"source: expected a tensor's name, got {name!r}; at item {i}")

@@ -3,13 +3,17 @@
 torch's own offset helper is wrong where a rank's shard is several runs of rows (a lone ``_StridedShard``), so
 the boxes come from what torch does when it distributes: each mesh dim, left to right, splits what the
 dims before it left. ``Shard`` follows ``torch.chunk``; ``_StridedShard`` is asked to split an index vector.
+``fully_shard`` of a tensor-parallel parameter calls itself ``_StridedShard`` too, but it splits what tensor
+parallelism left, from right to left. For most uneven sizes, and all even ones, that comes to the same.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -54,15 +58,19 @@ def local_parts(name: str, tensor: Tensor) -> list[Part]:
         return []
     check_plain(name, local_tensor(tensor))
     local = plain_view(local_tensor(tensor))
-    sizes, boxes = _boxes(spec.shape, steps)
-    if local.shape != sizes or local.dtype != tensor.dtype:
+    readings = {_boxes(spec.shape, order) for order in (steps, _inner_first(steps))}
+    fitting = [boxes for sizes, boxes in readings if local.shape == sizes]
+    if len(fitting) != 1 or local.dtype != tensor.dtype:
+        sizes = " or ".join(str(list(sizes)) for sizes, _ in sorted(readings, key=itemgetter(0)))
+        why = "which fits two ways of sharding" if len(fitting) > 1 else f"{list(local.shape)} {local.dtype}"
         raise SpecError(
-            f"{name}: expected a local tensor of {list(sizes)} {tensor.dtype} for {tensor.placements} of "
-            f"{list(spec.shape)} on mesh {list(tensor.device_mesh.shape)}, got {list(local.shape)} "
-            f"{local.dtype}; "
+            f"{name}: expected a local tensor of {sizes} {tensor.dtype} for {tensor.placements} of "
+            f"{list(spec.shape)} on mesh {list(tensor.device_mesh.shape)}, got {why}; "
             f"at mesh coordinate {tensor.device_mesh.get_coordinate()}"
         )
-    return [Part(spec=spec, box=box, tensor=local[index]) for box, index in boxes]
+    (boxes,) = fitting
+    whole = Box.whole(local.shape)
+    return [Part(spec=spec, box=box, tensor=local[inner.within(whole)]) for box, inner in boxes]
 
 
 def mesh_position(tensors: Iterable[Tensor]) -> tuple[int, int] | None:
@@ -108,25 +116,34 @@ def _steps(name: str, tensor: DTensor) -> tuple[Step, ...] | None:
     return tuple(steps)
 
 
+def _inner_first(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The splits as fully_shard orders them: a strided one, whose factor is the number of shards inside
+    it, is a plain one that comes after these."""
+    if not steps:
+        return ()
+    (dim, factor, count, index), inner = steps[0], steps[1:]
+    if factor > 1 and factor == math.prod(step[2] for step in inner if step[0] == dim):
+        return (*_inner_first(inner), (dim, 0, count, index))
+    return (steps[0], *_inner_first(inner))
+
+
 @lru_cache(maxsize=65536)
 def _boxes(
     shape: tuple[int, ...], steps: tuple[Step, ...]
-) -> tuple[tuple[int, ...], tuple[tuple[Box, tuple[slice, ...]], ...]]:
-    """The local tensor's shape, and each box with its index in the local tensor."""
+) -> tuple[tuple[int, ...], tuple[tuple[Box, Box], ...]]:
+    """The local tensor's shape, and each box with the box of the local tensor that holds it."""
     runs = [_runs(n, tuple(s for s in steps if s[0] == dim)) for dim, n in enumerate(shape)]
     sizes = tuple(sum(stop - start for start, stop in dim_runs) for dim_runs in runs)
     if 0 in sizes:
         return sizes, ()
-    spans = []  # for each dim: (global start, size, local slice) of each run
+    spans = []  # for each dim: (global start, local start, size) of each run
     for dim_runs in runs:
         ends = itertools.accumulate(stop - start for start, stop in dim_runs)
-        spans.append(
-            [(a, b - a, slice(end - (b - a), end)) for (a, b), end in zip(dim_runs, ends, strict=True)]
-        )
+        spans.append([(a, end - (b - a), b - a) for (a, b), end in zip(dim_runs, ends, strict=True)])
     boxes = []
-    for span in itertools.product(*spans):
-        box = Box(tuple(s[0] for s in span), tuple(s[1] for s in span))
-        boxes.append((box, tuple(s[2] for s in span)))
+    for picked in itertools.product(*spans):
+        starts, local_starts, counts = zip(*picked, strict=True) if picked else ((), (), ())
+        boxes.append((Box(starts, counts), Box(local_starts, counts)))
     return sizes, tuple(boxes)
 
 

@@ -97,9 +97,7 @@ class Watch:
             skipped = module._non_persistent_buffers_set if persistent_only else ()
             for held in (module._modules, module._parameters, module._buffers):
                 self._dicts.append((prefix, held))
-                slots += [
-                    (prefix + key, held, key, value) for key, value in held.items() if key not in skipped
-                ]
+                slots += [(prefix + key, held, key, value) for key, value in held.items() if key not in skipped]
         self._names = [name for name, _, _, _ in slots]
         self._held = [held for _, held, _, _ in slots]
         self._keys = [key for _, _, key, _ in slots]
@@ -135,8 +133,6 @@ class Watch:
                 return next(
                     name
                     for name, tensor, view, address in rows
-                    if tensor.data_ptr() != address
-                    or tensor.dtype != view.dtype
-                    or not tensor.is_set_to(view)
+                    if tensor.data_ptr() != address or tensor.dtype != view.dtype or not tensor.is_set_to(view)
                 )
         return None

@@ -37,12 +37,46 @@ def cases() -> list[Case]:
         found.append((itemsize, shape, offsets, sizes, STABLE_SEED))
 
     # DIGEST.md's own examples
-    for itemsize, shape in [(4, ()), (2, (1,)), (2, (5,)), (2, (33,)), (2, (7, 64)), (2, (3, 5, 7)),
-                            (2, (4, 3, 3, 3)), (4, (2, 3, 40)), (2, (0, 8))]:  # fmt: skip
+    for itemsize, shape in [
+        (4, ()),
+        (2, (1,)),
+        (2, (5,)),
+        (2, (33,)),
+        (2, (7, 64)),
+        (2, (3, 5, 7)),
+        (2, (4, 3, 3, 3)),
+        (4, (2, 3, 40)),
+        (2, (0, 8)),
+    ]:
         whole(itemsize, *shape)
     whole(2, 7, 64, seed=OTHER_SEED)
     # Lengths around words, vectors, strips of 512 bytes, and blocks of 1024 words
-    for n in (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 63, 64, 65, 511, 512, 513, 1023, 1024, 4095, 4096, 4097, 4100, 8193):
+    for n in (
+        1,
+        2,
+        3,
+        4,
+        5,
+        7,
+        8,
+        15,
+        16,
+        17,
+        31,
+        63,
+        64,
+        65,
+        511,
+        512,
+        513,
+        1023,
+        1024,
+        4095,
+        4096,
+        4097,
+        4100,
+        8193,
+    ):
         whole(1, n)
     # Rows around 64 bytes: merged below, an axis of their own from there
     for row in (1, 3, 31, 32, 33, 62, 63, 64, 65, 127):
@@ -51,7 +85,15 @@ def cases() -> list[Case]:
     whole(2, 3, 32)
     whole(2, 3, 33)
     # Axes of one element, of none, and many of them
-    for shape in [(1, 1, 1), (1, 70), (70, 1), (2, 1, 2, 1, 2, 1, 40), (3, 0, 70), (0,), (2, 2, 2, 2, 2, 2, 2, 64)]:
+    for shape in [
+        (1, 1, 1),
+        (1, 70),
+        (70, 1),
+        (2, 1, 2, 1, 2, 1, 40),
+        (3, 0, 70),
+        (0,),
+        (2, 2, 2, 2, 2, 2, 2, 64),
+    ]:
         whole(1, *shape)
     for itemsize in (1, 2, 4, 8, 16):
         whole(itemsize, 3, 70)
@@ -83,9 +125,13 @@ def main() -> None:
         lane0, lane1 = sums(box_bytes(itemsize, shape, offsets, sizes), itemsize, shape, offsets, sizes, seed)
         vectors.append(
             {
-                "itemsize": itemsize, "shape": shape, "offsets": offsets, "sizes": sizes, "seed": seed.hex(),
+                "itemsize": itemsize,
+                "shape": shape,
+                "offsets": offsets,
+                "sizes": sizes,
+                "seed": seed.hex(),
                 "digest": f"grid61:{lane0:016x}{lane1:016x}",
-            }  # fmt: skip
+            }
         )
     head = {"bytes": "byte i of the global tensor, row-major, is i % 251"}
     lines = ",\n".join("  " + json.dumps(vector) for vector in vectors)

@@ -1,8 +1,10 @@
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
-from typing_extensions import Buffer
+from numpy.typing import NDArray
 
+Array: TypeAlias = NDArray[Any]
 SEGMENT_BYTES: int
 
-def sums(segments: Buffer, tiles: int, keys: Buffer, out: Buffer, threads: int, /) -> None: ...
-def fold(names: Sequence[str], sums: Buffer, seed: bytes, /) -> tuple[int, int]: ...
+def sums(segments: Array, tiles: int, keys: Array, out: Array, threads: int, /) -> None: ...
+def fold(names: Sequence[str], sums: Array, seed: bytes, /) -> tuple[int, int]: ...

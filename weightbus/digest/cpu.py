@@ -11,7 +11,7 @@ import torch
 from weightbus.digest import _grid61
 from weightbus.digest.grid61 import axis_keys
 from weightbus.digest.segments import Tiling, segments_of
-from weightbus.layout import Part
+from weightbus.part import Part
 
 _TILING = Tiling(strip_bytes=1 << 16, tile_bytes=1 << 18, threads=1)
 

@@ -17,7 +17,7 @@ import torch
 
 from weightbus.digest.grid61 import P, axis_keys
 from weightbus.digest.segments import VECTOR, Tiling, segments_of
-from weightbus.layout import Part
+from weightbus.part import Part
 
 _WARP = 32
 _BLOCK = 256

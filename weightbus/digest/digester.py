@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from functools import cache
+from itertools import chain
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +17,13 @@ from weightbus.box import Box
 from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine, model_digest_of
 from weightbus.digest.reference import ReferenceSums
 from weightbus.errors import SpecError
-from weightbus.layout import Part
+from weightbus.layout import Source, layout_of
+from weightbus.part import Part
 from weightbus.spec import Spec
+from weightbus.torch_dtensor import local_parts
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 _log = logging.getLogger(__name__)
 
@@ -63,14 +66,12 @@ def tensor_digest(tensor: Tensor, *, seed: bytes = STABLE_SEED) -> Digest:
     Raises ValueError if ``seed`` is not 32 bytes.
     """
     check_seed(seed)
-    parts = _parts_of("tensor", tensor)
+    parts = local_parts("tensor", tensor)
     spec = Spec(name="", dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
     return _digest(spec, parts, Digester(parts).sums(seed), seed)
 
 
-def model_digest(
-    model: nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]], *, seed: bytes = STABLE_SEED
-) -> str:
+def model_digest(model: Source, *, seed: bytes = STABLE_SEED) -> str:
     """SHA-256 text over the names, dtypes, shapes and digests of a model's tensors (docs/digest.md).
 
     Persistent buffers are included; a tied tensor counts once, under the least of its names. Each tensor
@@ -80,7 +81,7 @@ def model_digest(
     check_seed(seed)
     by_device: dict[torch.device, list[Part]] = {}
     digests: dict[str, list[Digest]] = {}
-    for part in _model_parts(model):
+    for part in chain.from_iterable(layout_of(model).parts.values()):
         by_device.setdefault(part.tensor.device, []).append(part)
     for parts in by_device.values():
         for part, row in zip(parts, Digester(parts).sums(seed), strict=True):
@@ -110,42 +111,6 @@ def _digest(spec: Spec, parts: Sequence[Part], rows: npt.NDArray[np.uint64], see
         boxes=tuple(part.box for part in parts),
         seed=seed,
     )
-
-
-def _parts_of(name: str, tensor: Tensor) -> list[Part]:
-    if type(tensor) is not Tensor and hasattr(tensor, "placements"):
-        from weightbus.torch_dtensor import local_parts
-
-        found: list[Part] = local_parts(name, tensor)
-        return found
-    shape = tuple(tensor.shape)
-    spec = Spec(name=name, dtype=dtype_name(tensor.dtype), shape=shape)
-    return [Part(spec=spec, box=Box.whole(shape), tensor=tensor)]
-
-
-def _model_parts(model: Any) -> list[Part]:
-    named: Any = model
-    if isinstance(model, torch.nn.Module):
-        named = _named_tensors("", model)
-    elif isinstance(model, Mapping):
-        named = [pair for prefix, module in model.items() for pair in _named_tensors(f"{prefix}.", module)]
-    parts: list[Part] = []
-    seen: set[str] = set()
-    for name, tensor in named:
-        if name in seen:
-            raise SpecError(f"{name}: expected one tensor of this name, got another; model digest")
-        seen.add(name)
-        parts += _parts_of(name, tensor)
-    return parts
-
-
-def _named_tensors(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    least: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        full = prefix + name
-        if id(tensor) not in least or full.encode() < least[id(tensor)][0].encode():
-            least[id(tensor)] = (full, tensor)
-    return list(least.values())
 
 
 def _plain(part: Part) -> Part:
@@ -188,6 +153,6 @@ def _implementation(parts: list[Part], device: torch.device) -> _Sums:
     return ReferenceSums(parts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(reason: str) -> None:
     _log.warning("weightbus digests with torch operations, exact but slower: %s", reason)

@@ -19,7 +19,7 @@ def fold(names: Sequence[str], sums: npt.NDArray[np.uint64], seed: bytes) -> tup
     """
     check_seed(seed)
     if sums.shape != (len(names), 2):
-        raise ValueError(f"sums: expected shape ({len(names)}, 2), got {sums.shape}; fold of {len(names)} names")
+        raise ValueError(f"sums: expected shape ({len(names)}, 2), got {sums.shape}; fold")
     return _fold_python(names, sums, seed)
 
 

@@ -75,7 +75,9 @@ def combine(digests: Iterable[Digest]) -> Digest:
         for field in ("dtype", "shape", "seed"):
             want, got = getattr(first, field), getattr(part, field)
             if want != got:
-                raise SpecError(f"combine: expected {field} {_text(want)}, got {_text(got)}; boxes {_spans(part)}")
+                raise SpecError(
+                    f"combine: expected {field} {_text(want)}, got {_text(got)}; boxes {_spans(part)}"
+                )
         boxes = frozenset(box for box in part.boxes if box.volume)
         same = distinct.setdefault(boxes, part)
         if same.sums != part.sums:
@@ -85,9 +87,7 @@ def combine(digests: Iterable[Digest]) -> Digest:
     lanes = zip(*(part.sums for part in distinct.values()), strict=True)
     lane0, lane1 = (sum(lane) % P for lane in lanes)
     whole = Box.whole(first.shape)
-    return Digest(
-        sums=(lane0, lane1), dtype=first.dtype, shape=first.shape, boxes=(whole,), seed=first.seed
-    )
+    return Digest(sums=(lane0, lane1), dtype=first.dtype, shape=first.shape, boxes=(whole,), seed=first.seed)
 
 
 def model_digest_of(digests: Mapping[str, Digest], *, seed: bytes = STABLE_SEED) -> str:

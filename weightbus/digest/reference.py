@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weightbus.box import Box
 from weightbus.digest.grid61 import P, axis_keys, outer_axes
-from weightbus.layout import Part
+from weightbus.part import Part
 
 PIECE_BYTES = 1 << 17
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightbus.digest.grid61 import outer_axes
-from weightbus.layout import Part
+from weightbus.part import Part
 
 WORD = 4
 VECTOR = 16

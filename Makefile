@@ -1,0 +1,65 @@
+# What a developer runs, by name; `make` alone lists it.
+#
+# PYTHON  the interpreter that the environment is made from
+# VENV    where it lies; `make test VENV=` uses PYTHON's own packages as they are and sets nothing up
+# EXTRAS  extras to install with the package, such as EXTRAS=test,lint,cuda13
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test,lint
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+else
+RUN := $(VENV)/bin/python
+SETUP := $(VENV)/.setup
+DEMO_SETUP := $(VENV)/.setup-demo
+endif
+
+# The build sees this environment's setuptools: an isolated build would fetch an unpinned one.
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lint format type test test-gpu bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(SETUP)  ## make .venv with the package, its test and lint tools, at the versions of constraints.txt
+
+demo: $(DEMO_SETUP)  ## train a real model, update running servers after each step, prove every weight
+	@$(RUN) examples/demo/run.py
+
+lint: $(SETUP)  ## ruff: rules and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(SETUP)  ## let ruff sort the imports and format the files
+	$(RUN) -m ruff check --fix --select I .
+	$(RUN) -m ruff format .
+
+type: $(SETUP)  ## mypy, strict
+	$(RUN) -m mypy
+
+test: $(SETUP)  ## all tests that this machine can run, two at a time
+	$(RUN) -m pytest -n 2
+
+test-gpu: $(SETUP)  ## the tests that need CUDA devices, one at a time
+	$(RUN) -m pytest -n 0 -m "cuda or gpus"
+
+bench: $(SETUP)  ## run every benchmark on what this machine has
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(RUN) $$script; done
+
+clean:  ## remove the environment, builds and caches
+	rm -rf $(VENV) build *.egg-info weightbus/digest/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.setup: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.setup-demo: $(VENV)/.setup
+	$(INSTALL) --no-build-isolation --editable '.[demo]'
+	@touch $@

@@ -1,0 +1,48 @@
+"""What every result says of itself: hardware, versions, commit, date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import weightbus
+
+
+def surroundings() -> dict[str, Any]:
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpu = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    commit = os.environ.get("WEIGHTBUS_COMMIT", "")
+    if not commit:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "weightbus": weightbus.__version__,
+    }
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "gpus": devices},
+        "versions": versions,
+    }
+
+
+def write(path: str | None, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    if path:
+        result = {"benchmark": name, **surroundings(), **more, "rows": rows}
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,49 @@
+"""The examples that the README quotes run as they stand: two torchruns that know one address."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_trainer_updates_servers(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "WEIGHTBUS_ADDRESS": address,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    logs, jobs = {}, {}
+    try:
+        for side in ("trainer", "server"):
+            logs[side] = tmp_path / side
+            script = ROOT / "examples" / f"torchrun_{side}.py"
+            with logs[side].open("wb") as log:
+                jobs[side] = subprocess.Popen(
+                    [*torchrun, "--nproc-per-node", "2", script],
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+        codes = {side: job.wait(90) for side, job in jobs.items()}
+    finally:
+        for job in jobs.values():
+            if job.poll() is None:
+                job.terminate()
+                job.wait(30)
+    said = {side: log.read_text() for side, log in logs.items()}
+    assert codes == {"trainer": 0, "server": 0}, said
+    reports = [line for line in said["trainer"].splitlines() if line.startswith("verified version")]
+    assert [line.split(":")[0] for line in reports] == [f"verified version {step}" for step in (1, 2, 3)]
+    for rank in range(2):
+        assert f"rank {rank} serves version 3" in said["server"]

@@ -1,0 +1,5 @@
+"""``python -m weightbus``."""
+
+from weightbus.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,25 @@
+"""The ``weightbus`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import weightbus
+from weightbus import hub
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="weightbus", description=weightbus.__doc__)
+    parser.add_argument("--version", action="version", version=f"weightbus {weightbus.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("hub", help="run the hub until it is stopped", add_help=False)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "hub":
+        return hub.main(rest)
+    raise AssertionError(options.command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,166 @@
+"""The two ends of an update on one rank: the trainer's tensors, and the server's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from weightbus import messages as m
+from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
+from weightbus.facts import Holding, encode_facts, facts_id
+from weightbus.install import NameMap, Target
+from weightbus.layout import Layout, Source, layout_of
+from weightbus.ledger import Ledger, Record, live_entries
+from weightbus.spec import Spec
+
+log = logging.getLogger("weightbus")
+
+State = Literal["empty", "ready", "updating", "torn"]
+
+
+class _End:
+    """A source or target model, its layout, and what was committed of each of its modules."""
+
+    def __init__(self, source: Source) -> None:
+        self.source: Source = source if _rereadable(source) else list(source)  # type: ignore[arg-type]
+        self.layout: Layout = layout_of(self.source)
+        self._records: dict[str, Record] = {}
+
+    def refresh(self) -> bool:
+        """Whether tensors have been replaced or moved since the layout was made; it is then made again."""
+        if self.layout.moved() is None:
+            return False
+        self.layout = layout_of(self.source)
+        return True
+
+    def _keys(self, modules: Sequence[str] | None) -> Sequence[str]:
+        return modules if modules is not None else self.layout.modules or ("",)
+
+    def commit(self, record: Record, modules: Sequence[str] | None) -> None:
+        for key in self._keys(modules):
+            self._records[key] = record
+
+    def forget(self, modules: Sequence[str] | None) -> None:
+        for key in self._keys(modules):
+            self._records.pop(key, None)
+
+
+class Origin(_End):
+    """A trainer rank's source."""
+
+    def blob(self, modules: Sequence[str] | None) -> bytes:
+        """This rank's facts. Raises SpecError for a module that the source does not have."""
+        layout = self.layout.select(modules)
+        return encode_facts(
+            {
+                name: Holding(spec=spec, boxes=tuple(part.box for part in layout.parts[name]))
+                for name, spec in layout.specs.items()
+            }
+        )
+
+    def facts_id(self, modules: Sequence[str] | None) -> str:
+        return facts_id(self.blob(modules))
+
+    def jobs(self) -> list[m.Job]:
+        """What was committed and can be checked: one job for each update that still counts."""
+        modules: dict[int, list[str]] = {}
+        records = {}
+        for key, record in sorted(self._records.items()):
+            modules.setdefault(id(record), []).append(key)
+            records[id(record)] = record
+        return [
+            m.Job(version=r.version, plan=r.plan, seed=r.seed, modules=None if keys == [""] else keys)
+            for r, keys in ((records[i], keys) for i, keys in modules.items())
+        ]
+
+    def record(self, job: m.Job) -> Record:
+        return self._records[self._keys(job.modules)[0]]
+
+
+class Destination(_End):
+    """A server rank's target, its state, and the engine's callbacks."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        name_map: NameMap | None,
+        local: Sequence[str],
+        on_update: Callable[[int], None] | None,
+        on_commit: Callable[[int], None] | None,
+        on_torn: Callable[[WeightbusError], None] | None,
+        on_refused: Callable[[WeightbusError], None] | None,
+    ) -> None:
+        super().__init__(source)
+        for one, other in self.layout.overlapping():
+            raise SpecError(f"{one}: shares part of its storage with {other}; expected one or the other")
+        self._name_map, self._local = name_map, local
+        self._on_update, self._on_commit = on_update, on_commit
+        self._on_torn, self._on_refused = on_torn, on_refused
+        self.state: State = "empty"
+        self.version: int | None = None
+        self.error: WeightbusError | None = None
+        self._before: State = "empty"
+
+    def target(self, manifest: Mapping[str, Spec], modules: Sequence[str] | None) -> Target:
+        return Target(self.layout, modules, manifest, name_map=self._name_map, local=self._local)
+
+    def arrived(self) -> list[str]:
+        """Tensors whose hooks hide where they live."""
+        records = {id(record): record for record in self._records.values()}.values()
+        return sorted({name for record in records if record.target for name in record.target.hooks})
+
+    def record(self, job: m.Job) -> Record:
+        """What this rank holds of ``job``; its ledger digests what is live now."""
+        held = [self._records.get(key) for key in self._keys(job.modules)]
+        record = held[0]
+        if record is None or any(other is not record for other in held) or record.seed != job.seed:
+            version = record.version if record else "none"
+            raise UpdateError(f"expected version {job.version}, got {version}; this rank is {self.state}")
+        if self.refresh() or (record.target is not None and record.target.base is not self.layout):
+            return self._relive(record, job)
+        return record
+
+    def _relive(self, record: Record, job: m.Job) -> Record:
+        """The record over storage that has moved since."""
+        assert record.target is not None
+        target = self.target(record.target.manifest, job.modules)
+        ledger = Ledger(live_entries(target, {}, record.group))
+        moved = replace(record, ledger=ledger, sums=ledger.sums.copy(), target=target)
+        self.commit(moved, job.modules)
+        return moved
+
+    def before(self, version: int) -> None:
+        """An update is about to start: the engine stops using the weights."""
+        self._before = self.state
+        self.state = "updating"
+        if self._on_update:
+            self._on_update(version)
+
+    def after(self, outcome: m.Outcome, version: int, modules: Sequence[str] | None, wrote: bool) -> None:
+        """Exactly one of the callbacks ``on_commit``, ``on_torn``, ``on_refused``."""
+        if outcome.ok:
+            self.state, self.version, self.error = "ready", version, None
+            if self._on_commit:
+                self._on_commit(version)
+            return
+        reasons = "; ".join(map(str, outcome.failures))
+        if wrote:
+            self.state = "torn"
+            self.forget(modules)
+            self.error = TornError(f"version {version}: {reasons}")
+            log.error("torn: %s", self.error)
+            if self._on_torn:
+                self._on_torn(self.error)
+        else:
+            self.state = self._before
+            self.error = UpdateError(f"version {version} refused: {reasons}")
+            log.error("%s", self.error)
+            if self._on_refused:
+                self._on_refused(self.error)
+
+
+def _rereadable(source: Source) -> bool:
+    return hasattr(source, "named_parameters") or isinstance(source, Mapping | list | tuple)

@@ -1,0 +1,89 @@
+"""What ranks tell each other before a plan: which boxes of which tensors each of them holds.
+
+Trainer ranks tell what they can send, server ranks what they want, in the trainer's (wire) names.
+Facts travel as msgpack, once for each pair of layouts. Pure integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from weightbus.box import Box
+from weightbus.errors import SpecError
+from weightbus.spec import ITEMSIZE, Spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """The boxes of one tensor on one rank. The spec's dtype is the holder's own.
+
+    why_arrived: why the server rank can only vouch for what arrived, not for what is live
+    (an opaque hook installs it); empty where the boxes are live storage.
+    """
+
+    spec: Spec
+    boxes: tuple[Box, ...]
+    why_arrived: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(box.volume for box in self.boxes) * ITEMSIZE[self.spec.dtype]
+
+
+Facts = Mapping[str, Holding]
+
+
+class _Row(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    why_arrived: str
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(list[_Row])
+
+
+def encode_facts(facts: Facts) -> bytes:
+    return _encoder.encode(
+        [
+            _Row(
+                name=name,
+                dtype=holding.spec.dtype,
+                shape=holding.spec.shape,
+                boxes=tuple((box.offsets, box.sizes) for box in holding.boxes),
+                why_arrived=holding.why_arrived,
+            )
+            for name, holding in facts.items()
+        ]
+    )
+
+
+def decode_facts(blob: bytes, sender: str) -> dict[str, Holding]:
+    """Raises SpecError, naming ``sender``, where the bytes are not facts that make sense."""
+    try:
+        rows = _decoder.decode(blob)
+    except msgspec.DecodeError as error:
+        raise SpecError(f"facts of {sender}: {error}") from error
+    facts: dict[str, Holding] = {}
+    for row in rows:
+        boxes = tuple(Box(*pair) for pair in row.boxes)
+        if row.name in facts:
+            raise SpecError(f"{row.name}: named twice in the facts of {sender}")
+        if row.dtype not in ITEMSIZE:
+            raise SpecError(f"{row.name}: unknown dtype {row.dtype!r} in the facts of {sender}")
+        for box in boxes:
+            if len(box.offsets) != len(box.sizes) or not box.inside(row.shape):
+                raise SpecError(f"{row.name}: box {box} lies outside {list(row.shape)}; facts of {sender}")
+        spec = Spec(name=row.name, dtype=row.dtype, shape=row.shape)
+        facts[row.name] = Holding(spec=spec, boxes=boxes, why_arrived=row.why_arrived)
+    return facts
+
+
+def facts_id(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()[:32]

@@ -1,0 +1,168 @@
+"""A rank's digests of one plan: what it sent, or what it holds live, summed for whoever compares.
+
+Server ranks that want the same boxes form a *group*. For each group, the trainer ranks digest
+exactly those boxes of what they send, so that their sums add up to what each server rank of the
+group digests of its own live storage: the sums of two shardings meet without gathering a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from weightbus.box import Box
+from weightbus.digest import Digester, P, fold
+from weightbus.facts import Facts
+from weightbus.install import Target
+from weightbus.layout import Part
+from weightbus.spec import Spec
+
+Sums = npt.NDArray[np.uint64]
+
+# The stage of what is digested where it lives, once everything is in place. Other stages are a
+# step's index (its bucket is about to be reused) or a wire name (its hook is about to take it).
+LIVE = -1
+Stage = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A part to digest for some groups of server ranks, at a stage."""
+
+    part: Part
+    stage: Stage
+    groups: tuple[int, ...]
+    live: bool = True
+
+
+class Ledger:
+    """Entries, and their sums under the seed of the last update."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        by_stage: dict[Stage, list[Entry]] = {}
+        for entry in entries:
+            by_stage.setdefault(entry.stage, []).append(entry)
+        self._entries = [entry for staged in by_stage.values() for entry in staged]
+        self._digesters: dict[Stage, tuple[slice, Digester]] = {}
+        first = 0
+        for stage, staged in by_stage.items():
+            rows = slice(first, first + len(staged))
+            self._digesters[stage] = rows, Digester([entry.part for entry in staged])
+            first = rows.stop
+        self.sums: Sums = np.zeros((len(self._entries), 2), dtype=np.uint64)
+        self._nbytes = [entry.part.tensor.nbytes for entry in self._entries]
+        self._selections: dict[tuple[int, tuple[str, ...] | None, bool], tuple[list[int], list[str], int]] = {}
+
+    def digest(self, stage: Stage, seed: bytes) -> None:
+        """Digest what belongs to ``stage``, as it lies now."""
+        if stage in self._digesters:
+            rows, digester = self._digesters[stage]
+            self.sums[rows] = digester.sums(seed)
+
+    @property
+    def groups(self) -> list[int]:
+        return sorted({group for entry in self._entries for group in entry.groups})
+
+    def _select(
+        self, group: int, modules: Sequence[str] | None, live_only: bool
+    ) -> tuple[list[int], list[str], int]:
+        """Rows, names and bytes of a group's entries; kept, for they are asked for at every update."""
+        key = (group, None if modules is None else tuple(modules), live_only)
+        if key not in self._selections:
+            rows = [
+                row
+                for row, entry in enumerate(self._entries)
+                if group in entry.groups
+                and (entry.live or not live_only)
+                and (modules is None or entry.part.spec.name.split(".", 1)[0] in modules)
+            ]
+            names = [self._entries[row].part.spec.name for row in rows]
+            self._selections[key] = rows, names, sum(self._nbytes[row] for row in rows)
+        return self._selections[key]
+
+    def fold(
+        self,
+        sums: Sums,
+        seed: bytes,
+        group: int,
+        modules: Sequence[str] | None = None,
+        *,
+        live_only: bool = False,
+    ) -> tuple[tuple[int, int], int]:
+        """Folded sums and digested bytes of a group's tensors. sums: as ``self.sums`` was at some time."""
+        rows, names, nbytes = self._select(group, modules, live_only)
+        return fold(names, sums[rows], seed), nbytes
+
+    def by_tensor(
+        self, sums: Sums, group: int, modules: Sequence[str] | None = None, *, live_only: bool = False
+    ) -> dict[str, tuple[int, int]]:
+        """Sums of each of a group's tensors."""
+        totals: dict[str, tuple[int, int]] = {}
+        rows, names, _ = self._select(group, modules, live_only)
+        for name, (a, b) in zip(names, sums[rows].tolist(), strict=True):
+            x, y = totals.get(name, (0, 0))
+            totals[name] = ((a + x) % P, (b + y) % P)
+        return totals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What one committed update left on this rank for some modules: how to check it again.
+
+    sums: of what a trainer rank sent then; of what a server rank held at its last digest.
+    group, target: the server rank's own.
+    """
+
+    version: int
+    plan: str
+    seed: bytes
+    ledger: Ledger
+    sums: Sums
+    group: int
+    target: Target | None
+
+
+def sent_entries(
+    name: str, spec: Spec, box: Box, tensor: Tensor, stage: Stage, wants: Sequence[Facts]
+) -> list[Entry]:
+    """Entries for one box that a trainer rank sends: its overlaps with the boxes that groups want.
+
+    tensor: the box in the wire's dtype. wants: the facts of each group.
+    """
+    groups: dict[Box, list[int]] = {}
+    opaque: set[Box] = set()
+    for group, facts in enumerate(wants):
+        for wanted in facts[name].boxes if name in facts else ():
+            if (inner := wanted.intersect(box)) is not None:
+                groups.setdefault(inner, []).append(group)
+                if facts[name].why_arrived:
+                    opaque.add(inner)
+    return [
+        Entry(
+            part=Part(spec=spec, box=inner, tensor=tensor[inner.within(box)]),
+            stage=stage,
+            groups=tuple(members),
+            live=inner not in opaque,
+        )
+        for inner, members in groups.items()
+    ]
+
+
+def live_entries(target: Target, whole: Mapping[str, Tensor], group: int) -> list[Entry]:
+    """Entries of a server rank: its live storage under wire names, and what its hooks take."""
+    entries = []
+    for wire, parts in target.parts.items():
+        for part in filter(lambda part: part.box.volume, parts):
+            renamed = Part(spec=target.specs[wire], box=part.box, tensor=part.tensor)
+            entries.append(Entry(part=renamed, stage=LIVE, groups=(group,)))
+    for wire, tensor in whole.items():
+        if not tensor.numel():
+            continue
+        spec = target.specs[wire]
+        part = Part(spec=spec, box=Box.whole(spec.shape), tensor=tensor)
+        entries.append(Entry(part=part, stage=wire, groups=(group,), live=False))
+    return entries

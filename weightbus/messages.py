@@ -1,0 +1,351 @@
+"""The control channel's messages: typed, bounded, and refused with the field's path if malformed.
+
+On the wire: two frames, ``HEADER`` and one msgpack map whose ``type`` names the class. Nothing is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from weightbus.errors import ProtocolError
+
+# The first frame of every message. A peer of another protocol version is told both.
+HEADER = b"weightbus/1"
+
+# Facts of a large model are the longest message: 100,000 tensors of 16 shards take about 200 MB.
+MAX_MESSAGE_BYTES = 256 << 20
+
+Residue = Annotated[int, Meta(ge=0, lt=1 << 61)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
+Size = Annotated[int, Meta(ge=1, le=1 << 20)]
+Name = Annotated[str, Meta(max_length=1024)]
+Token = Annotated[str, Meta(max_length=64)]
+Reason = Annotated[str, Meta(max_length=64 << 10)]
+Seconds = Annotated[float, Meta(ge=0, le=1e6)]
+Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Blob = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
+Kind = Literal["update", "check"]
+FactsOf = Literal["sources", "wants"]
+Word = Literal["verified", "arrived", "unverified", "mismatch", "failed"]
+Role = Literal["trainer", "server"]
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Base of what messages contain."""
+
+
+# -- joining ---------------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello"):
+    """A process takes a role. The same process may take both, each with its own hello."""
+
+    process: Token
+    host: Name
+    pid: Count
+    device: Literal["cpu", "cuda"]
+    role: Role
+    rank: Rank
+    size: Size
+    replica: Rank = 0
+
+
+class Welcome(Message, tag="welcome"):
+    peer: Token
+    beat_s: Seconds
+
+
+class Refused(Message, tag="refused"):
+    """``silent_s``: the place is taken by a rank that was last heard so long ago."""
+
+    reason: Reason
+    silent_s: Seconds | None = None
+
+
+class Beat(Message, tag="beat"):
+    peer: Token
+
+
+class Alive(Message, tag="alive"):
+    """Answer to a beat; ``known`` is false where the hub has dropped the peer."""
+
+    known: bool
+
+
+class Leave(Message, tag="leave"):
+    peer: Token
+    role: Role
+
+
+class Farewell(Message, tag="farewell"):
+    """To server ranks: the trainer job has left."""
+
+
+# -- one update or check ---------------------------------------------------------------------------
+
+
+class Job(Record):
+    """A set of modules that one committed update wrote: its seed and plan say what to expect."""
+
+    version: Count
+    plan: Token
+    seed: Seed
+    modules: list[Name] | None
+
+
+class Enter(Message, tag="enter"):
+    """A trainer rank calls ``update`` or ``check``. All of them must say the same, ``facts`` apart.
+
+    facts: id of this rank's facts. settings: everything else that a plan depends on.
+    jobs: for a check, what was committed. refusal: why this rank can't take part.
+    """
+
+    peer: Token
+    kind: Kind
+    version: Count
+    modules: list[Name] | None
+    verify: bool
+    facts: Token
+    settings: Name
+    min_replicas: Size
+    join_s: Seconds
+    ready_s: Seconds
+    transfer_s: Seconds
+    jobs: list[Job] = []
+    refusal: Reason = ""
+
+
+class ServerId(Record, order=True):
+    replica: Rank
+    rank: Rank
+
+    def __str__(self) -> str:
+        return f"replica {self.replica} server rank {self.rank}"
+
+
+class Member(Record):
+    """One process of the group; its place in the list of members is its group rank."""
+
+    peer: Token
+    trainer: Rank | None
+    server: ServerId | None
+
+    def __str__(self) -> str:
+        roles = [f"trainer rank {self.trainer}"] if self.trainer is not None else []
+        return " and ".join(roles + ([str(self.server)] if self.server else []))
+
+
+class Offer(Message, tag="offer"):
+    """The start for every member. ``planned``: all members have the plan of this name."""
+
+    update: Count
+    epoch: Count
+    kind: Kind
+    version: Count
+    modules: list[Name] | None
+    verify: bool
+    plan: Token
+    planned: bool
+    settings: Name
+    members: list[Member]
+    ready_s: Seconds
+    transfer_s: Seconds
+    jobs: list[Job] = []
+
+
+class Facts(Message, tag="facts"):
+    """What a member holds as trainer rank, and then, in a second message, wants as server rank."""
+
+    peer: Token
+    update: Count
+    blob: Blob
+
+
+class Gathered(Message, tag="gathered"):
+    """All members' facts of one kind: the distinct ones, and which of them is whose."""
+
+    update: Count
+    of: FactsOf
+    blobs: list[Blob]
+    holder: dict[Rank, Count]
+
+
+class Ready(Message, tag="ready"):
+    """``stale``: this rank's tensors moved since the plan was made; facts must be exchanged again."""
+
+    peer: Token
+    update: Count
+    plan: Token = ""
+    stale: bool = False
+
+
+class Refuse(Message, tag="refuse"):
+    """A member can't take part; no byte has moved."""
+
+    peer: Token
+    update: Count
+    reason: Reason
+
+
+class Go(Message, tag="go"):
+    """Every member is ready: run the plan, digest under ``seed``."""
+
+    update: Count
+    seed: Seed
+
+
+class Fold(Record):
+    """Folded sums of one job for one group of server ranks that want the same boxes."""
+
+    job: Count
+    group: Count
+    sums: tuple[Residue, Residue]
+    nbytes: Count
+
+
+class Done(Message, tag="done"):
+    """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``."""
+
+    peer: Token
+    update: Count
+    sent: list[Fold] = []
+    live: list[Fold] = []
+    arrived: list[Name] = []
+    error: Reason = ""
+    stages: dict[Name, Seconds] = {}
+
+
+class Detail(Message, tag="detail"):
+    """Folds differ: send the sums of each tensor for these groups of these jobs."""
+
+    update: Count
+    groups: list[tuple[Count, Count]]
+
+
+class TensorSums(Record):
+    job: Count
+    group: Count
+    sums: dict[Name, tuple[Residue, Residue]]
+
+
+class Sums(Message, tag="sums"):
+    peer: Token
+    update: Count
+    sent: list[TensorSums] = []
+    live: list[TensorSums] = []
+
+
+class Failure(Record):
+    """One thing that went wrong: on which rank, with which tensor if it is one tensor's."""
+
+    rank: Name
+    tensor: Name | None
+    reason: Reason
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.reason}; {self.rank}" if self.tensor else f"{self.rank}: {self.reason}"
+
+
+class Outcome(Message, tag="outcome"):
+    """The end for every member, decided once. ``moved``: bytes may have been written."""
+
+    update: Count
+    ok: bool
+    moved: bool
+    verdict: Word
+    failures: list[Failure] = []
+    arrived: list[Name] = []
+    epoch: Count = 0
+    seconds: Seconds = 0.0
+    trainers: Count = 0
+    replicas: list[Rank] = []
+    servers: Count = 0
+
+
+# -- rendezvous ------------------------------------------------------------------------------------
+
+
+class StoreSet(Message, tag="store_set"):
+    key: Name
+    value: Annotated[bytes, Meta(max_length=1 << 20)]
+
+
+class StoreGet(Message, tag="store_get"):
+    key: Name
+
+
+class StoreAdd(Message, tag="store_add"):
+    key: Name
+    amount: Annotated[int, Meta(ge=-(1 << 62), lt=1 << 62)]
+
+
+class StoreCheck(Message, tag="store_check"):
+    keys: list[Name]
+
+
+class StoreDelete(Message, tag="store_delete"):
+    key: Name
+
+
+class StoreCount(Message, tag="store_count"):
+    pass
+
+
+class StoreValue(Message, tag="store_value"):
+    """Answer to each of them: a value, a number, or whether all keys are there."""
+
+    value: bytes | None = None
+    number: int = 0
+
+
+ToHub = (
+    Hello | Beat | Leave | Enter | Facts | Ready | Refuse | Done | Sums
+    | StoreSet | StoreGet | StoreAdd | StoreCheck | StoreDelete | StoreCount
+)  # fmt: skip
+FromHub = (
+    Welcome | Refused | Alive | Farewell | Offer | Gathered | Go | Detail | Outcome | StoreValue
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_to_hub: msgspec.msgpack.Decoder[ToHub] = msgspec.msgpack.Decoder(ToHub)
+_from_hub: msgspec.msgpack.Decoder[FromHub] = msgspec.msgpack.Decoder(FromHub)
+
+
+def encode(message: Message) -> list[bytes]:
+    return [HEADER, _encoder.encode(message)]
+
+
+def _payload(frames: list[bytes], end: str) -> bytes:
+    if not frames or frames[0] != HEADER:
+        got = frames[0][:32] if frames else b""
+        raise ProtocolError(f"expected protocol {HEADER.decode()}, got {got!r}; {end}")
+    if len(frames) != 2:
+        raise ProtocolError(f"expected 2 frames, got {len(frames)}; {end}")
+    return frames[1]
+
+
+def decode_to_hub(frames: list[bytes]) -> ToHub:
+    """Raises ProtocolError with the field's path."""
+    payload = _payload(frames, "message to the hub")
+    try:
+        return _to_hub.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"{error}; message to the hub") from error
+
+
+def decode_from_hub(frames: list[bytes]) -> FromHub:
+    """Raises ProtocolError with the field's path."""
+    payload = _payload(frames, "answer of the hub")
+    try:
+        return _from_hub.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"{error}; answer of the hub") from error

@@ -1,0 +1,185 @@
+"""Plans: which rank sends which boxes, in which transfers. Pure data, computed alike on every rank.
+
+The broadcast route: every element of the source is broadcast once, by one rank that holds it, to all
+ranks of the group; each server rank takes from it what it wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from weightbus.box import Box, check_exact_cover
+from weightbus.errors import CoverageError, SpecError
+from weightbus.facts import Facts, Holding
+from weightbus.spec import ITEMSIZE, Spec, castable, fingerprint
+
+# Start of a slot in its bucket: enough for the widest dtype and for 16-byte vector copies.
+SLOT_ALIGN = 16
+
+# A box of at least this size travels alone, so that either end may use its storage in place.
+# Smaller ones cost less to copy through a bucket than a transfer of their own costs.
+SOLO_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One box's place in a transfer: ``tensor`` indexes the plan's specs, ``offset`` is in bytes."""
+
+    tensor: int
+    box: Box
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One contiguous broadcast of ``nbytes`` by group rank ``src``."""
+
+    src: int
+    nbytes: int
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """specs: the wire's (destination's dtypes), in order of their names' UTF-8 bytes."""
+
+    specs: tuple[Spec, ...]
+    transfers: tuple[Transfer, ...]
+    fingerprint: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that travel, without padding."""
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """What one server rank wants, and who it is."""
+
+    replica: int
+    rank: int
+    facts: Facts
+
+    def __str__(self) -> str:
+        return f"replica {self.replica} server rank {self.rank}"
+
+
+def plan_broadcast(sources: Mapping[int, Facts], wants: Sequence[Want], *, bucket_bytes: int) -> Plan:
+    """Plan of the broadcast route.
+
+    sources: for each group rank that sends, what it holds. wants: each server rank's.
+    bucket_bytes: no transfer is longer, so it bounds a staging bucket.
+    Raises SpecError or CoverageError, naming tensor and ranks, where the two cannot be matched.
+    """
+    manifest = merge_sources(sources)
+    check_wants(manifest, wants)
+    specs = wire_specs(manifest, wants)
+    lengths = dict.fromkeys(sources, 0)
+    open_slots: dict[int, list[Slot]] = {src: [] for src in sources}
+    fill = dict.fromkeys(sources, 0)
+    transfers: list[Transfer] = []
+
+    def flush() -> None:
+        for src, slots in open_slots.items():
+            if slots:
+                transfers.append(Transfer(src, fill[src], tuple(slots)))
+            open_slots[src], fill[src] = [], 0
+
+    for index, spec in enumerate(specs):
+        itemsize = ITEMSIZE[spec.dtype]
+        for box, holders in _holders(spec.name, sources).items():
+            src = min(holders, key=lambda rank: (lengths[rank], rank))
+            lengths[src] += box.volume * itemsize
+            for piece in box.split(bucket_bytes // itemsize):
+                nbytes = piece.volume * itemsize
+                if nbytes >= SOLO_BYTES:
+                    transfers.append(Transfer(src, nbytes, (Slot(index, piece, 0),)))
+                    continue
+                if fill[src] + nbytes > bucket_bytes:
+                    # All sources flush together, so that the pieces of one tensor arrive close by.
+                    flush()
+                open_slots[src].append(Slot(index, piece, fill[src]))
+                fill[src] += -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
+    flush()
+    name = fingerprint([bucket_bytes, *specs, *transfers])
+    return Plan(specs=specs, transfers=tuple(transfers), fingerprint=name)
+
+
+def _holders(name: str, sources: Mapping[int, Facts]) -> dict[Box, list[int]]:
+    """The distinct boxes of a tensor, each with the ranks that hold it."""
+    holders: dict[Box, list[int]] = {}
+    for rank, facts in sources.items():
+        for box in facts[name].boxes if name in facts else ():
+            if box.volume:
+                holders.setdefault(box, []).append(rank)
+    return holders
+
+
+def merge_sources(sources: Mapping[int, Facts]) -> dict[str, Spec]:
+    """The manifest in canonical order: what all trainer ranks hold together, each element once."""
+    manifest: dict[str, Spec] = {}
+    owner: dict[str, int] = {}
+    for rank, facts in sources.items():
+        for name, holding in facts.items():
+            if manifest.setdefault(name, holding.spec) != holding.spec:
+                raise SpecError(
+                    f"{name}: expected {manifest[name]} as on group rank {owner[name]}, "
+                    f"got {holding.spec} on group rank {rank}"
+                )
+            owner.setdefault(name, rank)
+    for name, spec in manifest.items():
+        check_exact_cover(name, spec.shape, _holders(name, sources), "boxes of all trainer ranks")
+    return {name: manifest[name] for name in sorted(manifest, key=str.encode)}
+
+
+def check_wants(manifest: Mapping[str, Spec], wants: Sequence[Want]) -> None:
+    """Each replica takes every tensor of the manifest, whole, on one rank or another."""
+    replicas: dict[int, list[Want]] = {}
+    for want in wants:
+        replicas.setdefault(want.replica, []).append(want)
+        if unknown := want.facts.keys() - manifest.keys():
+            raise SpecError(f"{min(unknown)}: wanted by {want}, but no trainer rank holds it")
+    for replica, members in replicas.items():
+        for name, spec in manifest.items():
+            held = [want.facts[name] for want in members if name in want.facts]
+            if not held:
+                raise SpecError(
+                    f"{name}: unknown name: expected one of replica {replica}'s {len(members)} "
+                    f"server ranks to take it, got none"
+                )
+            _check_holding_shapes(spec, held, replica)
+            boxes = {box for holding in held for box in holding.boxes}
+            check_exact_cover(name, spec.shape, boxes, f"boxes of replica {replica}'s server ranks")
+
+
+def _check_holding_shapes(spec: Spec, held: Sequence[Holding], replica: int) -> None:
+    for holding in held:
+        if holding.spec.shape != spec.shape:
+            raise SpecError(
+                f"{spec.name}: expected shape {list(spec.shape)}, got {list(holding.spec.shape)}; "
+                f"replica {replica}"
+            )
+        if not holding.boxes and spec.elements and len(held) == 1:
+            raise CoverageError(f"{spec.name}: no box of it on any server rank of replica {replica}")
+
+
+def wire_specs(manifest: Mapping[str, Spec], wants: Sequence[Want]) -> tuple[Spec, ...]:
+    """The manifest with the destinations' dtypes, which must agree and be castable to."""
+    first: dict[str, Want] = {}
+    for want in wants:
+        for name, holding in want.facts.items():
+            dtype = first.setdefault(name, want).facts[name].spec.dtype
+            if holding.spec.dtype != dtype:
+                raise SpecError(
+                    f"{name}: expected one dtype on all server ranks, got {dtype} on {first[name]} "
+                    f"and {holding.spec.dtype} on {want}"
+                )
+    specs = []
+    for name, spec in manifest.items():
+        dtype = first[name].facts[name].spec.dtype
+        if not castable(spec.dtype, dtype):
+            raise SpecError(f"{name}: {spec.dtype} of the trainer can't be cast to {dtype} of {first[name]}")
+        specs.append(Spec(name=name, dtype=dtype, shape=spec.shape))
+    return tuple(specs)

@@ -1,0 +1,363 @@
+"""The hub's decisions, apart from sockets: who takes part, what comes next, one outcome for all.
+
+``Coordinator`` is fed messages and the time, and leaves its answers in ``outbox``. An update or a
+check is one round, and a round is this table: in each phase every expected peer answers once, and
+when all have, the step on the right starts the next phase.
+
+    phase     expected from      answer      when all have answered
+    ENTER     trainer ranks      Enter       offer: fix members and epoch; go on as planned or survey
+    SOURCES   trainer ranks      Facts       relay all sources to every member
+    WANTS     server ranks       Facts       relay all wants to every member
+    READY     members            Ready       go, if all computed the same plan
+    RUN       members            Done        judge: compare folded sums
+    DETAIL    members            Sums        name the tensors whose sums differ
+
+A refusal, a death or a deadline ends the round in any phase. Before RUN no byte has moved.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import msgspec
+
+from weightbus import messages as m
+from weightbus.roster import Peer, Roster
+from weightbus.spec import fingerprint
+
+# Once one member has failed, the others may still say within this time what they know of it.
+GRACE_S = 1.0
+
+SUM_PRIME = (1 << 61) - 1
+
+
+class Phase(Enum):
+    ENTER = auto()
+    SOURCES = auto()
+    WANTS = auto()
+    READY = auto()
+    RUN = auto()
+    DETAIL = auto()
+
+
+ANSWERS: dict[Phase, tuple[type[m.Message], ...]] = {
+    Phase.ENTER: (m.Enter,),
+    Phase.SOURCES: (m.Facts, m.Refuse),
+    Phase.WANTS: (m.Facts, m.Refuse),
+    Phase.READY: (m.Ready, m.Refuse),
+    Phase.RUN: (m.Done,),
+    Phase.DETAIL: (m.Sums,),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Round:
+    """One update or check in progress."""
+
+    update: int
+    started: float
+    deadline: float
+    enter: m.Enter
+    phase: Phase = Phase.ENTER
+    expected: set[str] = field(default_factory=set)
+    answers: dict[str, m.Message] = field(default_factory=dict)
+    failures: list[m.Failure] = field(default_factory=list)
+    offer: m.Offer | None = None
+    dones: dict[str, m.Done] = field(default_factory=dict)
+
+    @property
+    def members(self) -> dict[str, m.Member]:
+        return {member.peer: member for member in self.offer.members} if self.offer else {}
+
+
+class Coordinator:
+    """State of the hub: the roster, the epoch, and at most one round."""
+
+    def __init__(self, *, dead_after_s: float) -> None:
+        self.roster = Roster(dead_after_s=dead_after_s)
+        self.outbox: list[tuple[str, m.Message]] = []
+        self.epoch = 0
+        self.round: Round | None = None
+        self._updates = 0
+        self._group: tuple[str, ...] = ()
+        self._broken = False
+        self._planned: set[str] = set()
+        self._committed = -1
+        self._incarnation = secrets.token_hex(8)
+        self._steps: dict[Phase, Callable[[Round, float], None]] = {
+            Phase.ENTER: self._offer,
+            Phase.SOURCES: self._relay_sources,
+            Phase.WANTS: self._relay_wants,
+            Phase.READY: self._go,
+            Phase.RUN: self._judge,
+            Phase.DETAIL: self._name_tensors,
+        }
+
+    # -- what comes in -----------------------------------------------------------------------------
+
+    def enter(self, message: m.Enter, now: float) -> None:
+        """A trainer rank calls ``update`` or ``check``: the first one opens the round."""
+        if self.round is None:
+            self._updates += 1
+            deadline = now + message.join_s
+            self.round = Round(update=self._updates, started=now, deadline=deadline, enter=message)
+        round = self.round
+        if round.phase is not Phase.ENTER:
+            self._refuse_enter(message, f"update {round.update} is still going on")
+            return
+        peer = self.roster.peers[message.peer]
+        if message.refusal:
+            self._note(round, str(peer), message.refusal, now)
+        elif difference := _differs(round.enter, message):
+            self._note(round, str(peer), f"{difference} as on the first rank that called", now)
+        if message.kind == "update" and message.version <= self._committed:
+            reason = f"version {message.version}: expected one above {self._committed}, the last committed"
+            self._note(round, str(peer), reason, now)
+        round.answers[message.peer] = message
+        self.advance(now)
+
+    def answer(self, message: m.Facts | m.Ready | m.Refuse | m.Done | m.Sums, now: float) -> bool:
+        """A member's answer; False if it is of no use any more (late, repeated, out of turn)."""
+        round = self.round
+        if round is None or message.update != round.update or message.peer not in round.expected:
+            return False
+        if message.peer in round.answers or not isinstance(message, ANSWERS[round.phase]):
+            return False
+        round.answers[message.peer] = message
+        reason = message.reason if isinstance(message, m.Refuse) else getattr(message, "error", "")
+        if reason:
+            self._note(round, str(round.members[message.peer]), reason, now)
+        self.advance(now)
+        return True
+
+    def lost(self, peer: Peer, reason: str, now: float) -> None:
+        """A peer left or died; it is no longer in the roster."""
+        round = self.round
+        if round is not None and peer.id in (round.members or round.answers):
+            round.answers.pop(peer.id, None)
+            round.expected.discard(peer.id)
+            self._note(round, str(peer), reason, now)
+        if not any(p.trainer for p in self.roster.peers.values()) and peer.trainer:
+            self._send(self.roster.peers, m.Farewell())
+        self.advance(now)
+
+    def advance(self, now: float) -> None:
+        """Take the next step if all have answered, or end the round if its time is over."""
+        round = self.round
+        if round is None:
+            return
+        if round.phase is Phase.ENTER:
+            missing = self.roster.missing(round.answers, round.enter.min_replicas)
+        else:
+            waiting = round.expected - round.answers.keys()
+            missing = [f"{round.members[peer]}: no answer in phase {round.phase.name}" for peer in waiting]
+        if not missing:
+            if round.failures:
+                self._fail(round, now)
+            else:
+                self._steps[round.phase](round, now)
+        elif now >= round.deadline:
+            if not round.failures:
+                waited = now - round.started
+                for line in missing:
+                    rank, _, reason = line.partition(": ")
+                    reason = f"{reason}; waited {waited:.1f} s"
+                    round.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
+            self._fail(round, now)
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _offer(self, round: Round, now: float) -> None:
+        enter = round.enter
+        peers = self.roster.group(round.answers)
+        group = tuple(peer.id for peer in peers)
+        if group != self._group or self._broken:
+            self.epoch += 1
+            self._group, self._broken = group, False
+            self._planned.clear()
+        facts = [answer.facts for p in group if isinstance(answer := round.answers.get(p), m.Enter)]
+        plan = fingerprint([self._incarnation, self.epoch, enter.modules, enter.settings, *facts])
+        round.offer = m.Offer(
+            update=round.update,
+            epoch=self.epoch,
+            kind=enter.kind,
+            version=enter.version,
+            modules=enter.modules,
+            verify=enter.verify,
+            plan=plan,
+            planned=plan in self._planned,
+            settings=enter.settings,
+            members=self.roster.members(peers),
+            ready_s=enter.ready_s,
+            transfer_s=enter.transfer_s,
+            jobs=enter.jobs,
+        )
+        self._send(group, round.offer)
+        if enter.kind == "check":
+            self._next(round, Phase.RUN, group, now + enter.ready_s + enter.transfer_s)
+        elif round.offer.planned:
+            self._next(round, Phase.READY, group, now + enter.ready_s)
+        else:
+            self._survey(round, now)
+
+    def _survey(self, round: Round, now: float) -> None:
+        trainers = [peer for peer, member in round.members.items() if member.trainer is not None]
+        self._next(round, Phase.SOURCES, trainers, now + round.enter.ready_s)
+
+    def _relay_sources(self, round: Round, now: float) -> None:
+        self._send(round.members, self._gathered(round, "sources"))
+        servers = [peer for peer, member in round.members.items() if member.server is not None]
+        self._next(round, Phase.WANTS, servers, now + round.enter.ready_s)
+
+    def _relay_wants(self, round: Round, now: float) -> None:
+        self._send(round.members, self._gathered(round, "wants"))
+        self._next(round, Phase.READY, round.members, now + round.enter.ready_s)
+
+    def _gathered(self, round: Round, of: m.FactsOf) -> m.Gathered:
+        """Replicas want the same, so each distinct blob travels once."""
+        blobs: dict[bytes, int] = {}
+        holder = {}
+        for rank, peer in enumerate(round.members):
+            answer = round.answers.get(peer)
+            if isinstance(answer, m.Facts):
+                holder[rank] = blobs.setdefault(answer.blob, len(blobs))
+        return m.Gathered(update=round.update, of=of, blobs=list(blobs), holder=holder)
+
+    def _go(self, round: Round, now: float) -> None:
+        assert round.offer is not None
+        plans: dict[str, str] = {}
+        stale = False
+        for peer, answer in round.answers.items():
+            assert isinstance(answer, m.Ready)
+            stale |= answer.stale
+            plans.setdefault(answer.plan, str(round.members[peer]))
+        if stale:
+            self._planned.discard(round.offer.plan)
+            round.offer = msgspec.structs.replace(round.offer, planned=False)
+            self._send(round.members, round.offer)
+            self._survey(round, now)
+        elif len(plans) > 1:
+            reason = "plans differ: " + ", ".join(f"{plan} on {who}" for plan, who in plans.items())
+            self._note(round, "all ranks", reason, now)
+            self._fail(round, now)
+        else:
+            self._planned.add(round.offer.plan)
+            self._send(round.members, m.Go(update=round.update, seed=secrets.token_bytes(32)))
+            self._next(round, Phase.RUN, round.members, now + round.enter.transfer_s)
+
+    def _judge(self, round: Round, now: float) -> None:
+        dones = round.dones = {p: a for p, a in round.answers.items() if isinstance(a, m.Done)}
+        if not round.enter.verify:
+            self._end(round, "unverified", now)
+            return
+        sent: dict[tuple[int, int], tuple[int, int, int]] = {}
+        for done in dones.values():
+            for fold in done.sent:
+                total = sent.get((fold.job, fold.group), (0, 0, 0))
+                lanes = [(a + b) % SUM_PRIME for a, b in zip(total, fold.sums, strict=False)]
+                sent[fold.job, fold.group] = (lanes[0], lanes[1], total[2] + fold.nbytes)
+        wrong: set[tuple[int, int]] = set()
+        for peer, member in round.members.items():
+            if member.server is None:
+                continue
+            jobs = {fold.job for fold in dones[peer].live}
+            if jobs != set(range(max(1, len(round.enter.jobs)))):
+                self._note(round, str(member), f"digested jobs {sorted(jobs)} only", now)
+            for fold in dones[peer].live:
+                expected = sent.get((fold.job, fold.group))
+                if expected is None or expected[2] != fold.nbytes:
+                    text = f"expected {expected[2] if expected else 'no'} bytes digested, got {fold.nbytes}"
+                    self._note(round, str(member), text, now)
+                elif expected[:2] != fold.sums:
+                    wrong.add((fold.job, fold.group))
+        if round.failures:
+            self._fail(round, now)
+        elif wrong:
+            self._send(round.members, m.Detail(update=round.update, groups=sorted(wrong)))
+            self._next(round, Phase.DETAIL, round.members, now + round.enter.transfer_s)
+        else:
+            arrived = any(done.arrived for done in dones.values())
+            self._end(round, "arrived" if arrived else "verified", now)
+
+    def _name_tensors(self, round: Round, now: float) -> None:
+        expected: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
+        answers = {p: a for p, a in round.answers.items() if isinstance(a, m.Sums)}
+        for answer in answers.values():
+            for sums in answer.sent:
+                total = expected.setdefault((sums.job, sums.group), {})
+                for name, (a, b) in sums.sums.items():
+                    old = total.get(name, (0, 0))
+                    total[name] = ((old[0] + a) % SUM_PRIME, (old[1] + b) % SUM_PRIME)
+        for peer, answer in answers.items():
+            for sums in answer.live:
+                wanted = expected.get((sums.job, sums.group), {})
+                for name in sorted(wanted.keys() | sums.sums.keys()):
+                    one, other = wanted.get(name), sums.sums.get(name)
+                    if one != other:
+                        reason = f"expected digest {_text(one)}, got {_text(other)}"
+                        rank = str(round.members[peer])
+                        round.failures.append(m.Failure(rank=rank, tensor=name, reason=reason))
+        if not round.failures:
+            reason = "folded sums differed, sums of the single tensors do not: weights changed meanwhile"
+            round.failures.append(m.Failure(rank="unknown rank", tensor=None, reason=reason))
+        self._end(round, "mismatch", now)
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def _fail(self, round: Round, now: float) -> None:
+        self._broken |= round.phase in (Phase.RUN, Phase.DETAIL) and round.enter.kind == "update"
+        self._end(round, "failed", now)
+
+    def _end(self, round: Round, verdict: m.Word, now: float) -> None:
+        ok = verdict not in ("failed", "mismatch")
+        update = round.enter.kind == "update"
+        if ok and update:
+            self._committed = round.enter.version
+        servers = [member.server for member in round.members.values() if member.server]
+        outcome = m.Outcome(
+            update=round.update,
+            ok=ok,
+            moved=update and round.phase in (Phase.RUN, Phase.DETAIL),
+            verdict=verdict,
+            failures=round.failures[:1000],
+            arrived=sorted({name for done in round.dones.values() for name in done.arrived}),
+            epoch=self.epoch,
+            seconds=now - round.started,
+            trainers=sum(member.trainer is not None for member in round.members.values()),
+            replicas=sorted({server.replica for server in servers}),
+            servers=len(servers),
+        )
+        recipients = [p for p in (round.members or round.answers) if p in self.roster.peers]
+        self.round = None
+        self._send(recipients, outcome)
+
+    def _refuse_enter(self, message: m.Enter, reason: str) -> None:
+        failure = m.Failure(rank=str(self.roster.peers[message.peer]), tensor=None, reason=reason)
+        outcome = m.Outcome(update=0, ok=False, moved=False, verdict="failed", failures=[failure])
+        self._send([message.peer], outcome)
+
+    def _note(self, round: Round, rank: str, reason: str, now: float) -> None:
+        round.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
+        round.deadline = min(round.deadline, now + GRACE_S)
+
+    def _next(self, round: Round, phase: Phase, expected: Iterable[str], deadline: float) -> None:
+        round.phase, round.expected, round.deadline = phase, set(expected), deadline
+        round.answers = {}
+
+    def _send(self, peers: Iterable[str], message: m.Message) -> None:
+        self.outbox += [(peer, message) for peer in peers]
+
+
+def _differs(first: m.Enter, other: m.Enter) -> str:
+    for name in ("kind", "version", "modules", "verify", "settings", "jobs", "min_replicas"):
+        one, two = getattr(first, name), getattr(other, name)
+        if one != two:
+            return f"expected {name} {one!r}, got {two!r}"
+    return ""
+
+
+def _text(sums: tuple[int, int] | None) -> str:
+    return f"grid61:{sums[0]:016x}{sums[1]:016x}" if sums else "none"

@@ -1,0 +1,196 @@
+"""The trainer's side: publish new weights, and check what the servers hold."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from weightbus import messages as m
+from weightbus.ends import Origin
+from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
+from weightbus.hub import DEAD_AFTER_S
+from weightbus.layout import Source, rank_and_size
+from weightbus.progress import Bar
+from weightbus.report import Mismatch, Report, Verdict
+from weightbus.session import Session
+from weightbus.turn import Progress
+
+log = logging.getLogger("weightbus")
+
+DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
+
+# As few transfers as keep the pipe full, as little staging as is worth a thought.
+DEFAULT_BUCKET_BYTES = 64 << 20
+DEFAULT_NUM_BUCKETS = 2
+
+
+class Publisher:
+    """One trainer rank's publisher; every trainer rank makes one, rank 0 starts the hub.
+
+    source: the model that is trained: an ``nn.Module``, a mapping of names to modules, or an iterable
+        of (name, tensor). Plain tensors, or DTensors of any mesh and placement but ``Partial``.
+    address: the hub's. rank, size: default from the model's device mesh, else torchrun's variables.
+    min_replicas: an update waits until so many replicas of the server job are complete.
+    bucket_bytes, num_buckets: staging memory of each rank, in bytes, and the longest transfer.
+    join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
+        than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
+    dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
+    progress: called with (done, total) bytes; by default a bar on rank 0's terminal.
+    Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        address: str = DEFAULT_ADDRESS,
+        rank: int | None = None,
+        size: int | None = None,
+        min_replicas: int = 1,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        num_buckets: int = DEFAULT_NUM_BUCKETS,
+        connect_timeout_s: float = 60.0,
+        join_timeout_s: float = 300.0,
+        ready_timeout_s: float = 120.0,
+        transfer_timeout_s: float = 300.0,
+        dead_after_s: float = DEAD_AFTER_S,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if min_replicas < 1:
+            raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
+        if bucket_bytes < 1 << 10 or num_buckets < 1:
+            raise SpecError(
+                f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
+            )
+        self._origin = Origin(source)
+        self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
+        self._min_replicas, self._bucket_bytes = min_replicas, bucket_bytes
+        self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
+        self._progress = progress
+        self.version: int | None = None
+        self._closed = False
+        self._session = Session.open(address, self._origin.layout.device, num_buckets)
+        try:
+            self._session.link.join(
+                role="trainer",
+                rank=self.rank,
+                size=self.size,
+                replica=0,
+                device=self._origin.layout.device.type,
+                timeout_s=connect_timeout_s,
+                start_hub_dead_after_s=dead_after_s if self.rank == 0 else None,
+            )
+        except BaseException:
+            self._session.close("trainer")
+            raise
+        self._session.origin = self._origin
+
+    def update(self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None) -> Report:
+        """Send the source's tensors to all complete replicas; returns once they are committed.
+
+        Collective over trainer ranks, with equal arguments. The source must not change until it returns.
+        version: an integer above the last one committed. modules: names of a mapping source's modules;
+        all by default. verify: digest both ends, and commit only if all sums match.
+        Raises UpdateError if nothing was written (the text names each rank and reason), TornError if
+        server ranks were left with a mixture, HubError if the hub is lost.
+        """
+        begun = time.monotonic()
+        bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
+        progress = Progress(report=self._progress or bar)
+        try:
+            outcome = self._session.call(self._enter("update", version, modules, verify), progress)
+        finally:
+            if bar:
+                bar.close()
+        seconds = time.monotonic() - begun
+        if not outcome.ok:
+            reasons = "\n  ".join(["", *map(str, outcome.failures)])
+            if outcome.moved:
+                raise TornError(f"version {version} was not committed, servers may hold a mixture:{reasons}")
+            raise UpdateError(f"version {version} was refused, nothing was written:{reasons}")
+        self.version = version
+        report = Report(
+            word=outcome.verdict,
+            version=version,
+            epoch=outcome.epoch,
+            tensors=progress.tensors,
+            nbytes=progress.nbytes,
+            seconds=seconds,
+            stages=progress.stages,
+            staging_bytes=self._session.staging.nbytes,
+            trainers=outcome.trainers,
+            servers=outcome.servers,
+            replicas=tuple(outcome.replicas),
+            arrived=tuple(outcome.arrived),
+        )
+        if self.rank == 0:
+            log.info("%s", report)
+        return report
+
+    def check(self) -> Verdict:
+        """Digest every live shard of the servers, and compare with the committed versions' sums.
+
+        Collective over trainer ranks. The source may have moved on: its sums were kept at the commit.
+        Raises UpdateError if no verified update has been committed, or if a rank could not answer.
+        """
+        if not self._origin.jobs():
+            raise UpdateError("check: expected a version committed by update(verify=True), got none")
+        begun = time.monotonic()
+        outcome = self._session.call(self._enter("check", self.version or 0, None, True), Progress())
+        if outcome.verdict == "failed":
+            wrong = [failure for failure in outcome.failures if failure.reason.startswith("expected version")]
+            if len(wrong) < len(outcome.failures) or not wrong:
+                raise UpdateError("check:" + "\n  ".join(["", *map(str, outcome.failures)]))
+        return Verdict(
+            word=outcome.verdict if outcome.ok else "mismatch",
+            version=self.version,
+            mismatches=tuple(
+                Mismatch(rank=failure.rank, tensor=failure.tensor, reason=failure.reason)
+                for failure in outcome.failures
+            ),
+            arrived=tuple(outcome.arrived),
+            servers=outcome.servers,
+            seconds=time.monotonic() - begun,
+        )
+
+    def _enter(self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool) -> m.Enter:
+        facts = refusal = ""
+        try:
+            if self._origin.refresh():
+                self._session.forget_plans()
+            facts = self._origin.facts_id(modules)
+        except WeightbusError as error:
+            # The other trainer ranks are calling too: they get this reason instead of a deadline.
+            refusal = str(error)
+        join_s, ready_s, transfer_s = self._timeouts
+        return m.Enter(
+            peer=self._session.link.peer,
+            kind=kind,
+            version=version,
+            modules=None if modules is None else list(modules),
+            verify=verify,
+            facts=facts,
+            settings=str(self._bucket_bytes),
+            min_replicas=self._min_replicas,
+            join_s=join_s,
+            ready_s=ready_s,
+            transfer_s=transfer_s,
+            jobs=self._origin.jobs() if kind == "check" else [],
+            refusal=refusal,
+        )
+
+    def close(self) -> None:
+        """Leave the hub. When the last trainer rank has left, the servers' ``serve`` returns."""
+        if not self._closed:
+            self._closed = True
+            self._session.close("trainer")
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,91 @@
+"""What a caller gets back: the report of an update, the verdict of a check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """One tensor that is not what it should be, on one server rank."""
+
+    rank: str
+    tensor: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.reason}; {self.rank}" if self.tensor else f"{self.rank}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The outcome of a check, the same on every trainer rank.
+
+    word: ``verified`` if every server rank holds the version's bytes live; ``arrived`` if all that can
+    be digested does, but the tensors in ``arrived`` sit behind hooks; ``mismatch`` otherwise.
+    """
+
+    word: str
+    version: int | None
+    mismatches: tuple[Mismatch, ...]
+    arrived: tuple[str, ...]
+    servers: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return self.word in ("verified", "arrived")
+
+    def __str__(self) -> str:
+        where = _count(self.servers, "server rank")
+        head = f"{self.word} version {self.version} on {where} in {self.seconds:.3f} s"
+        if self.arrived:
+            head += f"; {_count(len(self.arrived), 'tensor')} behind hooks not checked live"
+        return "\n  ".join([head, *map(str, self.mismatches)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One committed update, as this trainer rank saw it.
+
+    word: ``verified``, ``arrived`` (all arrived, some of it behind hooks) or ``unverified`` (not asked
+    for). nbytes: of the tensors in the wire's dtypes. seconds: from the call to the commit on all
+    ranks. stages: seconds of this rank's parts of it. staging_bytes: this rank's staging memory.
+    """
+
+    word: str
+    version: int
+    epoch: int
+    tensors: int
+    nbytes: int
+    seconds: float
+    stages: Mapping[str, float]
+    staging_bytes: int
+    trainers: int
+    servers: int
+    replicas: tuple[int, ...]
+    arrived: tuple[str, ...]
+
+    @property
+    def verified(self) -> bool:
+        return self.word == "verified"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.word} version {self.version}: {_count(self.tensors, 'tensor')}, "
+            f"{_bytes(self.nbytes)} in {self.seconds:.3f} s, {self.nbytes / self.seconds / 1e9:.2f} GB/s, "
+            f"{_count(self.trainers, 'trainer rank')} to {_count(self.servers, 'server rank')}"
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"

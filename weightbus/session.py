@@ -1,0 +1,135 @@
+"""One process's part in updates and checks, as trainer rank, as server rank, or as both.
+
+``Session.follow`` is the whole of it: it hears the hub's messages from the offer to the outcome and
+answers each. ``Publisher`` and ``Subscriber`` are its two faces.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import ClassVar
+
+import torch
+
+from weightbus import messages as m
+from weightbus.bucket import Staging
+from weightbus.ends import Destination, Origin
+from weightbus.errors import HubError, ProtocolError, SpecError
+from weightbus.group import Group
+from weightbus.link import Link
+from weightbus.turn import SLACK_S, Planned, Progress, Turn
+
+
+class Session:
+    """Everything that a process's publisher and subscriber share: link, group, staging and plans."""
+
+    _open: ClassVar[dict[str, Session]] = {}
+    _open_lock = threading.Lock()
+
+    def __init__(self, address: str, device: torch.device, num_buckets: int) -> None:
+        self.link = Link(address)
+        self.device = device
+        self.origin: Origin | None = None
+        self.destination: Destination | None = None
+        self.staging = Staging(device, num_buckets)
+        self._group: Group | None = None
+        self._plans: dict[str, Planned] = {}
+        self._epoch = -1
+        self._users = 0
+
+    @classmethod
+    def open(cls, address: str, device: torch.device, num_buckets: int) -> Session:
+        """The process's session at ``address``: a publisher and a subscriber there share one."""
+        with cls._open_lock:
+            session = cls._open.get(address)
+            if session is None:
+                session = cls._open[address] = cls(address, device, num_buckets)
+            elif session.device != device:
+                raise SpecError(f"device: expected {session.device} as the other end here, got {device}")
+            session._users += 1
+            return session
+
+    def close(self, role: m.Role) -> None:
+        """Give up a role; the last one closes link and group."""
+        with self._open_lock:
+            self._users -= 1
+            last = self._users == 0
+            if last:
+                self._open.pop(self.link.address, None)
+        if role == "trainer":
+            self.origin = None
+        else:
+            self.destination = None
+        try:
+            self.link.leave(role)
+        finally:
+            if last:
+                self.drop_group(abort=False)
+                self.link.close()
+
+    # -- following the hub -------------------------------------------------------------------------
+
+    def call(self, enter: m.Enter, progress: Progress) -> m.Outcome:
+        """Trainer ranks: enter an update or a check and follow it to its outcome."""
+        self.link.send(enter)
+        return self.follow(None, progress, enter.join_s + SLACK_S)
+
+    def follow(self, offer: m.Offer | None, progress: Progress, wait_s: float = SLACK_S) -> m.Outcome:
+        """From the offer to the outcome. Raises HubError if the hub is lost."""
+        turn = Turn(self, progress)
+        if offer is not None:
+            turn.offered(offer)
+        while True:
+            limit_s = turn.limit_s if turn.offer else wait_s
+            message = self.link.receive(limit_s)
+            match message:
+                case None:
+                    raise HubError(f"no word from {self.link.address} for {limit_s:.0f} s in an update")
+                case m.Offer():
+                    turn.offered(message)
+                case m.Gathered():
+                    turn.gathered(message)
+                case m.Go():
+                    if (ended := turn.go(message)) is not None:
+                        return turn.ended(ended)
+                case m.Detail():
+                    turn.detail(message)
+                case m.Outcome():
+                    return turn.ended(message)
+                case m.Farewell():
+                    self.link.push_back(message)
+                    raise HubError("the trainer job has left in the middle of an update")
+                case _:
+                    raise ProtocolError(f"expected a message of an update, got {type(message).__name__}")
+
+    # -- what turns share --------------------------------------------------------------------------
+
+    def enter_epoch(self, epoch: int) -> None:
+        """A new epoch makes the group and the plans of older ones useless."""
+        if epoch < self._epoch:
+            raise ProtocolError(f"epoch: expected {self._epoch} or newer, got {epoch}")
+        if epoch > self._epoch:
+            self.drop_group(abort=True)
+            self._plans.clear()
+            self._epoch = epoch
+
+    def plan(self, token: str) -> Planned | None:
+        return self._plans.get(token)
+
+    def keep_plan(self, token: str, planned: Planned) -> None:
+        self._plans[token] = planned
+
+    def forget_plans(self) -> None:
+        self._plans.clear()
+
+    def join_group(self, rank: int, size: int, timeout_s: float) -> Group:
+        if self._group is None:
+            self._group = Group(
+                self.link, epoch=self._epoch, rank=rank, size=size, device=self.device, timeout_s=timeout_s
+            )
+        return self._group
+
+    def drop_group(self, *, abort: bool) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.close(abort=abort)

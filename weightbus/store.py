@@ -1,0 +1,90 @@
+"""Rendezvous of the process group through the hub, so that no other address is opened for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+import zmq
+
+from weightbus import messages as m
+from weightbus.errors import HubError
+from weightbus.link import Connection
+
+_FIRST_PAUSE_S = 0.001
+_LONGEST_PAUSE_S = 0.05
+_ANSWER_S = 30.0
+
+
+class HubStore(dist.Store):  # type: ignore[misc, name-defined]
+    """A ``torch.distributed.Store`` whose keys live in the hub, under the epoch's prefix.
+
+    The process group's threads may call it at any time, so each call holds a lock for one exchange
+    of messages only; a wait is a series of short calls. Keep a reference for as long as the group
+    lives: the group itself keeps none to the Python object.
+    """
+
+    def __init__(self, context: zmq.Context[Any], address: str, epoch: int, timeout_s: float) -> None:
+        super().__init__()
+        self._prefix = f"{epoch}/"
+        self._limit = timedelta(seconds=timeout_s)
+        self._lock = threading.Lock()
+        self._connection = Connection(context, address)
+        self._closed = False
+
+    def _call(self, message: m.Message) -> m.StoreValue:
+        with self._lock:
+            if self._closed:
+                raise HubError("the process group's store is closed")
+            self._connection.send(message)
+            answer = self._connection.receive(_ANSWER_S)
+        if not isinstance(answer, m.StoreValue):
+            raise HubError(f"rendezvous: expected a value from {self._connection.address}, got {answer}")
+        return answer
+
+    def _key(self, key: str) -> str:
+        return self._prefix + key
+
+    def set(self, key: str, value: str | bytes) -> None:
+        value = value.encode() if isinstance(value, str) else bytes(value)
+        self._call(m.StoreSet(key=self._key(key), value=value))
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._call(m.StoreGet(key=self._key(key))).value or b""
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        deadline = time.monotonic() + (timeout or self._limit).total_seconds()
+        pause = _FIRST_PAUSE_S
+        while not self.check(keys):
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError(f"rendezvous: expected keys {keys} in time, got none")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def add(self, key: str, amount: int) -> int:
+        return self._call(m.StoreAdd(key=self._key(key), amount=amount)).number
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._call(m.StoreCheck(keys=[self._key(key) for key in keys])).number)
+
+    def delete_key(self, key: str) -> bool:
+        return bool(self._call(m.StoreDelete(key=self._key(key))).number)
+
+    def num_keys(self) -> int:
+        return self._call(m.StoreCount()).number
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._limit = timeout
+
+    @property
+    def timeout(self) -> timedelta:
+        return self._limit
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._connection.close()

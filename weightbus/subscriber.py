@@ -1,0 +1,158 @@
+"""The server's side: take part in updates and checks between the engine's steps."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from weightbus import messages as m
+from weightbus.ends import Destination, State
+from weightbus.errors import WeightbusError
+from weightbus.install import NameMap
+from weightbus.layout import Source, rank_and_size
+from weightbus.publisher import DEFAULT_ADDRESS, DEFAULT_NUM_BUCKETS
+from weightbus.session import Session
+from weightbus.turn import Progress
+
+log = logging.getLogger("weightbus")
+
+
+class Subscriber:
+    """One server rank's subscriber; every rank of every replica makes one.
+
+    target: the live model: an ``nn.Module``, a mapping of names to modules, or an iterable of (name,
+        tensor). Plain tensors, DTensors, and parameters with a ``weight_loader`` are written in place.
+    replica: which copy of the model this rank belongs to. rank, replica_size: this rank's place in it;
+        default from the model's device mesh, else torchrun's variables.
+    name_map: a function or mapping from a wire name to this model's name, to a tuple of a name and
+        further arguments for its ``weight_loader``, or to None where another rank takes it.
+    local: patterns of this model's names that no update feeds.
+    on_update: called with the version before any byte is written (pause). Then exactly one of
+        on_commit (with the version: flush caches, resume), on_torn (with the error: weights are a
+        mixture) or on_refused (with the error: the old weights live on).
+    agree: for engines whose steps are collective: takes this rank's "an update is waiting" and returns
+        the same answer on all ranks of the replica, such as an all-reduce with MAX; so that all enter an
+        update between the same two steps. Called once in each ``poll``.
+    Raises HubError if no hub answers in ``connect_timeout_s`` or it refuses this rank.
+    """
+
+    def __init__(
+        self,
+        target: Source,
+        *,
+        address: str = DEFAULT_ADDRESS,
+        replica: int = 0,
+        rank: int | None = None,
+        replica_size: int | None = None,
+        name_map: NameMap | None = None,
+        local: Sequence[str] = (),
+        on_update: Callable[[int], None] | None = None,
+        on_commit: Callable[[int], None] | None = None,
+        on_torn: Callable[[WeightbusError], None] | None = None,
+        on_refused: Callable[[WeightbusError], None] | None = None,
+        agree: Callable[[bool], bool] | None = None,
+        num_buckets: int = DEFAULT_NUM_BUCKETS,
+        connect_timeout_s: float = 300.0,
+    ) -> None:
+        self._destination = Destination(
+            target,
+            name_map=name_map,
+            local=local,
+            on_update=on_update,
+            on_commit=on_commit,
+            on_torn=on_torn,
+            on_refused=on_refused,
+        )
+        self.rank, self.replica_size = rank_and_size(self._destination.layout, rank, replica_size)
+        self.replica = replica
+        self._agree = agree
+        self._stop = threading.Event()
+        self._closed = self._left = False
+        layout = self._destination.layout
+        self._session = Session.open(address, layout.device, num_buckets)
+        try:
+            self._session.link.join(
+                role="server",
+                rank=self.rank,
+                size=self.replica_size,
+                replica=replica,
+                device=layout.device.type,
+                timeout_s=connect_timeout_s,
+            )
+        except BaseException:
+            self._session.close("server")
+            raise
+        self._session.destination = self._destination
+
+    @property
+    def state(self) -> State:
+        """``empty``, ``ready``, ``updating`` or ``torn``."""
+        return self._destination.state
+
+    @property
+    def version(self) -> int | None:
+        """The last version committed on this rank."""
+        return self._destination.version
+
+    @property
+    def error(self) -> WeightbusError | None:
+        """Why the last update was not committed; None after one that was."""
+        return self._destination.error
+
+    def poll(self, timeout_s: float = 0.0) -> bool:
+        """Take part in an update or check if one waits; whether one did.
+
+        Called by every rank of the replica between engine steps. Blocks for the update, else for at
+        most ``timeout_s``. What became of it: ``state``, ``version``, ``error`` and the callbacks.
+        Raises HubError if the hub is lost.
+        """
+        if self._session.origin is not None:
+            # This process is a trainer rank too: its publisher's calls carry the server's part.
+            return False
+        message = self._session.link.receive(timeout_s)
+        if self._agree is not None:
+            waiting = self._agree(isinstance(message, m.Offer))
+            if waiting and message is None:
+                message = self._session.link.receive(30.0)
+        match message:
+            case m.Offer():
+                self._session.follow(message, Progress())
+                return True
+            case m.Farewell():
+                self._left = True
+            case None:
+                pass
+            case _:
+                # The end of an update that this rank has given up already.
+                log.info("late: %s", type(message).__name__)
+        return False
+
+    def serve(self) -> None:
+        """Take part in updates and checks until the trainer job leaves, or ``stop`` is called."""
+        while not self._left and not self._stop.is_set():
+            if self._session.origin is None:
+                self.poll(timeout_s=0.5)
+            else:
+                time.sleep(0.5)
+        self._left = False
+
+    def stop(self) -> None:
+        """Make ``serve`` return; may be called from another thread."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Leave the hub."""
+        if not self._closed:
+            self._closed = True
+            self._session.close("server")
+
+    def __enter__(self) -> Subscriber:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
