@@ -41,9 +41,10 @@ LAYERS = {
         "torch_group",
         "broadcast",
         "progress",
+        "disk",
     ),
     4: ("report", "ends", "turn", "session", "publisher", "subscriber"),
-    5: ("cli", "__main__"),
+    5: ("cli", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 SURFACES = ("benchmarks", "examples")
