@@ -1,5 +1,5 @@
 // grid61 on CUDA: one warp digests one tile. Compiled by NVRTC at first use (weightbus/digest/cuda.py), and
-// for the host by tests/test_digest_cuda_source.py, where a warp is one thread after the other.
+// for the host by tests/cuda_on_host.py, where a warp is one thread after the other.
 #include "grid61.h"
 
 using namespace grid61;

@@ -1,4 +1,4 @@
-// csrc/grid61.cu as host code: blocks and threads one after the other. Loaded by test_digest_cuda_source.py.
+// csrc/grid61.cu as host code: blocks and threads one after the other. Loaded by cuda_on_host.py.
 #define __global__
 #define __device__
 #define __forceinline__ inline

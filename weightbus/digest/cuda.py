@@ -100,19 +100,21 @@ def _tiling(total: int, device: torch.device) -> Tiling:
 @lru_cache(maxsize=1)
 def _kernels(options: tuple[str, ...] = ()) -> tuple[Any, Any]:
     # One source, so that CuPy's cache key, which does not see included files, changes with the header.
-    header, source = (_source(name) for name in ("grid61.h", "grid61.cu"))
-    code = source.replace('#include "grid61.h"', header)
     try:
+        code = _source("grid61.cu").replace('#include "grid61.h"', _source("grid61.h"))
         module = cupy.RawModule(code=code, options=("-std=c++17", *options), backend="nvrtc")
-        return module.get_function("grid61_prepare"), module.get_function("grid61_sums")
+        kernels = module.get_function("grid61_prepare"), module.get_function("grid61_sums")
+        for kernel in kernels:
+            kernel.compile()  # here, where the failure is caught, and not at the first launch
+        return kernels
     except Exception as error:  # the compiler, its library or the driver: the reference serves instead
-        raise ImportError(f"grid61.cu does not compile: {error}") from error
+        raise ImportError(f"grid61.cu can't be compiled: {error}") from error
 
 
 def _source(name: str) -> str:
-    here = Path(__file__)
-    found = [folder / "csrc" / name for folder in here.parents[1:3]]  # a wheel's place, then a checkout's
-    return next((path for path in found if path.exists()), found[0]).read_text()
+    """A file of csrc/: in a wheel it lies beside this package, in a checkout one folder up."""
+    packaged, checkout = (folder / "csrc" / name for folder in Path(__file__).parents[1:3])
+    return (packaged if packaged.exists() else checkout).read_text()
 
 
 def _cupy_stream(stream: torch.cuda.Stream) -> Any:
