@@ -36,7 +36,7 @@ def trainer(rank, size, *, address):
         report = publisher.update(2, modules=["transformer"])
         words.append((report.word, report.tensors))
         words.append(publisher.check().word)
-        with pytest.raises(weightbus.WeightbusError, match="text_encoder: expected a module among transformer, vae"):
+        with pytest.raises(weightbus.WeightbusError, match="text_encoder: expected a module among transformer"):
             publisher.update(3, modules=["text_encoder"])
         fill(source, 4)
         words.append(publisher.update(4, modules=["vae"]).tensors)
@@ -54,8 +54,11 @@ def server(rank, size, *, address, spoil):
             with torch.no_grad():
                 target["transformer"].bias[3] = 5
 
-    with weightbus.Subscriber(target, address=address, rank=rank, replica_size=size, on_commit=committed) as one:
-        one.serve()
+    subscriber = weightbus.Subscriber(
+        target, address=address, rank=rank, replica_size=size, on_commit=committed
+    )
+    with subscriber:
+        subscriber.serve()
     return seen
 
 
