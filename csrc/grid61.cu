@@ -1,5 +1,5 @@
 // grid61 on CUDA: one warp digests one tile. Compiled by NVRTC at first use (weightbus/digest/cuda.py), and
-// for the host by tests/cuda_on_host.py, where a warp is one thread after the other.
+// for the host by tests/cuda_on_host.cpp, where a warp is one thread after the other.
 #include "grid61.h"
 
 using namespace grid61;
@@ -136,7 +136,7 @@ __device__ __forceinline__ void walk(const unsigned char* p, i64 back, i64 rows,
   }
 }
 
-__device__ __forceinline__ u64 reduce(u64 sum) {  // of horner, to [0, P)
+__device__ __forceinline__ u64 reduce(u64 sum) {  // to [0, P)
   return add((sum & P), sum >> 61);
 }
 
@@ -148,17 +148,17 @@ __device__ __forceinline__ u64 warp_sum(u64 sum) {
 }
 
 // Adds to a part's sum in two halves, so that 2**32 tiles can't overflow and no order is needed.
-__device__ __forceinline__ void add_to(u64* halves, u64 sum) {
-  atomicAdd(halves, (u64)(u32)sum);
-  atomicAdd(halves + 1, sum >> 32);
+__device__ __forceinline__ void add_to(u64* pair, u64 sum) {
+  atomicAdd(pair, (u64)(u32)sum);
+  atomicAdd(pair + 1, sum >> 32);
 }
 
 }  // namespace
 
 // Whatever follows from the seed: power tables and each segment's step; and zeroed sums.
-// keys: [lane][axis]. table: [lane][axis][place][digit]. steps: [segment][lane]. sums: [part][lane][half].
+// keys: [lane][axis]. table: [lane][axis][place][digit]. steps: [segment][lane]. halves: [part][lane][half].
 extern "C" __global__ void grid61_prepare(const u64* keys, i64 axes, const Segment* segments, i64 segment_count,
-                                          i64 sum_count, u64* table, u64* steps, u64* sums) {
+                                          i64 half_count, u64* table, u64* steps, u64* halves) {
   i64 stride = (i64)gridDim.x * blockDim.x;
   i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   for (i64 i = thread; i < kLanes * axes * kTablePerAxis; i += stride) table[i] = table_entry(keys, i);
@@ -167,12 +167,12 @@ extern "C" __global__ void grid61_prepare(const u64* keys, i64 axes, const Segme
     u64 key = keys[i % kLanes * axes + segment.row_axis];
     steps[i] = raise(key, (u64)(segment.row_exponent * segment.abreast));
   }
-  for (i64 i = thread; i < sum_count; i += stride) sums[i] = 0;
+  for (i64 i = thread; i < half_count; i += stride) halves[i] = 0;
 }
 
 extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
     grid61_sums(const Segment* segments, const u32* segment_of_tile, i64 tiles, const u64* table, i64 axes,
-                const u64* steps, u64* sums) {
+                const u64* steps, u64* halves) {
   i64 tile_number = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (tile_number >= tiles) return;  // the whole warp
   int thread = threadIdx.x % 32;
@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
   }
   sum0 = warp_sum(sum0);
   sum1 = warp_sum(sum1);
-  u64* out = sums + 4 * segment.part;
+  u64* out = halves + 4 * segment.part;
 #if WARP_SHUFFLES
   // Half a warp for each lane, one thread for each slot.
   u64 factor = 1;
@@ -236,4 +236,14 @@ extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
   add_to(out, multiply(sum0, tile_factor(segment, index, table, axes, 0)));
   add_to(out + 2, multiply(sum1, tile_factor(segment, index, table, axes, 1)));
 #endif
+}
+
+// halves: [part][lane][half], each half below 2**64. sums: [part][lane] in [0, P); may lie in the host's memory.
+extern "C" __global__ void grid61_finish(const u64* halves, i64 count, u64* sums) {
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  u64 low = halves[2 * i], high = halves[2 * i + 1];
+  // high * 2**32 with 2**61 = 1 mod P
+  u64 carried = ((high & ((1u << 29) - 1)) << 32) + (high >> 29);
+  sums[i] = add(reduce(carried), reduce(low));
 }

@@ -45,13 +45,13 @@ class CudaOnHost:
         powers = np.zeros(2 * segments.axes * TABLE_PER_AXIS, dtype=np.uint64)
         steps = np.zeros(2 * count, dtype=np.uint64)
         halves = np.full((len(self.parts), 2, 2), 0xAA, dtype=np.uint64)
+        sums = np.full((len(self.parts), 2), 0xAA, dtype=np.uint64)
         numbers = (segments.axes, count, segments.tiles, halves.size)
         axes, count_, tiles, sum_count = map(ctypes.c_longlong, numbers)
         pointer = {k: ctypes.c_void_p(v.ctypes.data) for k, v in locals().items() if isinstance(v, np.ndarray)}
         table = ctypes.c_void_p(segments.table.ctypes.data)
         library().grid61_on_host(
             pointer["keys"], axes, table, count_, pointer["owners"], tiles, sum_count,
-            pointer["powers"], pointer["steps"], pointer["halves"],
+            pointer["powers"], pointer["steps"], pointer["halves"], pointer["sums"],
         )  # fmt: skip
-        sums = [[(int(low) + (int(high) << 32)) % (2**61 - 1) for low, high in row] for row in halves.tolist()]
-        return np.array(sums, dtype=np.uint64).reshape(len(self.parts), 2)
+        return sums

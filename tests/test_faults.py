@@ -67,7 +67,7 @@ def server(rank, size, *, address, replica, at=None, fault=None):
 
 def run_with(address, fault, fails):
     return run_jobs(
-        Job(run=trainer, arguments={"address": address, "updates": 3, "min_replicas": 1}),
+        Job(run=trainer, arguments={"address": address, "updates": 3, "min_replicas": 2}),
         Job(run=server, arguments={"address": address, "replica": 0}),
         Job(run=server, arguments={"address": address, "replica": 1, "at": 2, "fault": fault}, fails=fails),
     )

@@ -1,12 +1,12 @@
 """The digest by csrc/grid61.cu: compiled at first use by NVRTC through CuPy, which caches it on disk.
 
-A call is two kernels and a copy of keys before, of sums after; it waits for the stream once, at its end.
+A call is three kernels, and waits for the stream once, at its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from weightbus.digest.grid61 import P, axis_keys
+from weightbus.digest.grid61 import axis_keys
 from weightbus.digest.segments import VECTOR, Tiling, segments_of
 from weightbus.part import Part
 
@@ -41,53 +41,49 @@ class CudaSums:
             self._kernels = _kernels()
             self._table = torch.from_numpy(segments.table).to(device)
             self._owners = torch.from_numpy(owners).to(device)
-            self._keys_host = torch.empty((2, self._axes), dtype=torch.int64, pin_memory=True)
-            self._keys = torch.empty_like(self._keys_host, device=device)
+            # The host's memory, as the kernels see it: sooner than copies of so few bytes.
+            self._keys = torch.empty((2, self._axes), dtype=torch.int64, pin_memory=True)
+            self._sums = torch.empty((len(parts), 2), dtype=torch.int64, pin_memory=True)
             self._powers = torch.empty(2 * self._axes * _TABLE_PER_AXIS, dtype=torch.int64, device=device)
             self._steps = torch.empty(2 * self._count, dtype=torch.int64, device=device)
-            self._sums = torch.empty((len(parts), 2, 2), dtype=torch.int64, device=device)
-            self._sums_host = torch.empty(self._sums.shape, dtype=torch.int64, pin_memory=True)
+            self._halves = torch.empty((len(parts), 2, 2), dtype=torch.int64, device=device)
+        self._keys_host, self._sums_host = (t.numpy().view(np.uint64) for t in (self._keys, self._sums))
+        self._launches = self._prepared()
 
     def sums(self, seed: bytes, stream: torch.cuda.Stream | None) -> npt.NDArray[np.uint64]:
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream() if stream is None else stream
-            self._keys_host.numpy()[:] = axis_keys(seed, self._axes)
-            with torch.cuda.stream(stream), _cupy_stream(stream):
-                self._keys.copy_(self._keys_host, non_blocking=True)
+            self._keys_host[:] = axis_keys(seed, self._axes)
+            with _stream(stream.cuda_stream, self._device.index):
                 self._launch()
-                self._sums_host.copy_(self._sums, non_blocking=True)
             stream.synchronize()
-        halves = self._sums_host.numpy().astype(np.uint64)
-        low, high = halves[..., 0], halves[..., 1]
-        # high * 2**32 with 2**61 = 1 mod P; each term is below 2**61, low below 2**64 - 2**61.
-        carried = ((high & np.uint64(2**29 - 1)) << np.uint64(32)) + (high >> np.uint64(29))
-        total: npt.NDArray[np.uint64] = (carried % np.uint64(P) + low % np.uint64(P)) % np.uint64(P)
-        return total
+        return self._sums_host.copy()
 
     def _launch(self) -> None:
-        prepare, sums = self._kernels
-        work = max(self._powers.numel(), self._steps.numel(), self._sums.numel())
-        pointers = {
-            name: getattr(self, name).data_ptr()
-            for name in ("_keys", "_table", "_owners", "_powers", "_steps", "_sums")
-        }
-        prepare(
-            (min(1024, -(-work // _BLOCK)),),
-            (_BLOCK,),
-            (
-                pointers["_keys"], self._axes, pointers["_table"], self._count, self._sums.numel(),
-                pointers["_powers"], pointers["_steps"], pointers["_sums"],
-            ),
+        for kernel, threads, arguments in self._launches:
+            kernel((-(-threads // _BLOCK),), (_BLOCK,), arguments)
+
+    def _prepared(self) -> list[tuple[Any, int, tuple[int, ...]]]:
+        """Each launch's kernel, threads and arguments."""
+        prepare, sums, finish = self._kernels
+        keys, table, owners, powers, steps, halves, out = (
+            tensor.data_ptr()
+            for tensor in (
+                self._keys, self._table, self._owners, self._powers, self._steps, self._halves, self._sums,
+            )
         )  # fmt: skip
-        if self._tiles:
-            sums(
-                (-(-self._tiles * _WARP // _BLOCK),),
-                (_BLOCK,),
-                (
-                    pointers["_table"], pointers["_owners"], self._tiles, pointers["_powers"], self._axes,
-                    pointers["_steps"], pointers["_sums"],
-                ),
-            )  # fmt: skip
+        count, axes, tiles = self._count, self._axes, self._tiles
+        work = max(self._powers.numel(), self._steps.numel(), self._halves.numel())
+        launches = [
+            (
+                prepare,
+                min(work, _BLOCK << 10),
+                (keys, axes, table, count, self._halves.numel(), powers, steps, halves),
+            ),
+            (sums, tiles * _WARP, (table, owners, tiles, powers, axes, steps, halves)),
+            (finish, self._sums.numel(), (halves, self._sums.numel(), out)),
+        ]
+        return [launch for launch in launches if launch[1]]
 
 
 def _tiling(total: int, device: torch.device) -> Tiling:
@@ -98,15 +94,15 @@ def _tiling(total: int, device: torch.device) -> Tiling:
 
 
 @lru_cache(maxsize=1)
-def _kernels(options: tuple[str, ...] = ()) -> tuple[Any, Any]:
+def _kernels(options: tuple[str, ...] = ()) -> tuple[Any, Any, Any]:
     # One source, so that CuPy's cache key, which does not see included files, changes with the header.
     try:
         code = _source("grid61.cu").replace('#include "grid61.h"', _source("grid61.h"))
         module = cupy.RawModule(code=code, options=("-std=c++17", *options), backend="nvrtc")
-        kernels = module.get_function("grid61_prepare"), module.get_function("grid61_sums")
-        for kernel in kernels:
-            kernel.compile()  # here, where the failure is caught, and not at the first launch
-        return kernels
+        prepare, sums, finish = map(module.get_function, ("grid61_prepare", "grid61_sums", "grid61_finish"))
+        for kernel in (prepare, sums, finish):
+            kernel.compile()  # here, where a failure is caught, and not at the first launch
+        return prepare, sums, finish
     except Exception as error:  # the compiler, its library or the driver: the reference serves instead
         raise ImportError(f"grid61.cu can't be compiled: {error}") from error
 
@@ -117,5 +113,22 @@ def _source(name: str) -> str:
     return (packaged if packaged.exists() else checkout).read_text()
 
 
-def _cupy_stream(stream: torch.cuda.Stream) -> Any:
-    return cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index)
+class _CudaStream:
+    """A stream's handle as CUDA's stream protocol has it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+@cache  # for good: CuPy destroys the stream of an object that it sees collected
+def _stream(handle: int, device: int) -> Any:
+    """CuPy's object for a stream that torch owns on the current device; before CuPy 14 under its old name.
+
+    device: its index. The default stream's handle is 0 on each device, and CuPy binds an object to one.
+    """
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_CudaStream(handle))
+    return cupy.cuda.ExternalStream(handle)
