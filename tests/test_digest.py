@@ -124,6 +124,8 @@ def test_model_digest_is_the_hash_of_the_definition() -> None:
         for number in (*tensor.shape, *sums):
             text.update(number.to_bytes(8, "little"))
     assert model_digest(model, seed=SEED) == text.hexdigest()
+    backwards = {name.decode(): tensor_digest(tensor, seed=SEED) for name, _, tensor in tensors[::-1]}
+    assert model_digest_of(backwards, seed=SEED) == text.hexdigest()
     assert model_digest(model) != text.hexdigest()
 
 
@@ -223,6 +225,16 @@ def test_parameters_and_tensors_that_require_grad() -> None:
     weight = nn.Parameter(torch.randn(5, 40))
     assert tensor_digest(weight) == tensor_digest(weight.detach())
     assert tensor_digest(weight * 2) == tensor_digest(weight.detach() * 2)
+
+
+def test_places_beyond_the_fast_ones_are_left_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:
+    digester._say_once.cache_clear()
+    tensor = random_tensor(random.Random(6), 1, (3, 64))
+    for shape, offset, spoken in (((2**42, 64), 2**42 - 3, 0), ((2**43, 64), 2**43 - 3, 1)):
+        box = Box((offset, 0), (3, 64))
+        ((lane0, lane1),) = Digester([part_of(tensor, shape, box)]).sums(SEED).tolist()
+        assert (lane0, lane1) == defined_sums(to_bytes(tensor), 1, shape, box.offsets, box.sizes, SEED)
+        assert caplog.text.count("exact but slower") == spoken
 
 
 def test_without_the_extension_it_says_so_once_with_the_cure(
