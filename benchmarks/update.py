@@ -63,6 +63,15 @@ def raw_broadcast(buffer: Tensor) -> float:
     return float(seconds)
 
 
+def wrong_bytes(found: Sequence[tuple[str, Tensor]] = (), expected: Sequence[tuple[str, Tensor]] = ()) -> int:
+    """How many bytes differ on the server rank, which alone gives tensors. Both ranks call."""
+    count = torch.zeros((), dtype=torch.int64)
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        count += (one.view(-1).view(torch.uint8) != other.view(-1).view(torch.uint8)).sum().cpu()
+    dist.all_reduce(count)
+    return int(count)
+
+
 def trainer(args: argparse.Namespace, results: Any) -> None:
     device, backend = setting(0, args.port)
     source = tensors(args.model, 0, device, args.dtype)
@@ -76,15 +85,16 @@ def trainer(args: argparse.Namespace, results: Any) -> None:
                 updates.append(report.seconds)
                 raws.append(seconds)
                 stages.append(dict(report.stages))
-        wrong = torch.zeros((), dtype=torch.int64)
-        dist.all_reduce(wrong)
+            if version == args.warmup - 1:
+                wrong = wrong_bytes()
+        wrong += wrong_bytes()
     results.put(
         {
             "backend": backend,
             "nbytes": report.nbytes,
             "tensors": report.tensors,
             "staging_bytes": report.staging_bytes,
-            "wrong": int(wrong),
+            "wrong": wrong,
             "update_s": updates,
             "raw_s": raws,
             "stages_s": {k: statistics.median(s[k] for s in stages) for k in stages[0]},
@@ -98,16 +108,15 @@ def server(args: argparse.Namespace) -> None:
     target = tensors(args.model, 1, device, args.dtype)
     raw = torch.empty(sum(t.nbytes for _, t in target), dtype=torch.uint8, device=device)
     with weightbus.Subscriber(target, address=args.address, rank=0, replica_size=1) as subscriber:
-        for _ in range(args.warmup + args.pairs):
+        for version in range(args.warmup + args.pairs):
             while not subscriber.poll(timeout_s=1.0):
                 pass
             raw_broadcast(raw)
-        expected = tensors(args.model, 0, device, args.dtype)
-        counts = [
-            (a.view(-1).view(torch.uint8) != b.view(-1).view(torch.uint8)).sum()
-            for (_, a), (_, b) in zip(target, expected, strict=True)
-        ]
-        dist.all_reduce(torch.stack(counts).sum().cpu())
+            if version == args.warmup - 1:
+                wrong_bytes(target, tensors(args.model, 0, device, args.dtype))
+                for _, tensor in target:
+                    tensor.zero_()  # so that the timed updates have to write all of it again
+        wrong_bytes(target, tensors(args.model, 0, device, args.dtype))
     dist.destroy_process_group()
 
 
@@ -137,7 +146,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=2, help="updates before bits are compared, at least 1")
     parser.add_argument("--verify", action="store_true", help="digest both ends in every update")
     parser.add_argument("--json", metavar="FILE", help="write the result")
     args = parser.parse_args()
