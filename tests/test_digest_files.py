@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
 from weightbus import SpecError, cli, digest_files, model_digest, tensor_digest
 from weightbus.disk import stored_tensors
+from weightbus.progress import Bar
 
 
 def tensors_of_all_kinds() -> dict[str, Tensor]:
@@ -57,6 +61,16 @@ def test_digests_are_those_of_the_tensors(folder: Path) -> None:
     assert seen == sorted(seen)
     assert len(seen) > 20
     assert seen[-1] == (nbytes, nbytes)
+
+
+def test_a_terminal_sees_a_bar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=100)
+    monkeypatch.setattr(digest_files, "Bar", partial(Bar, patience_s=0.0, console=console))
+    assert cli.main(["digest", str(folder)]) == 0
+    nbytes = sum(t.nbytes for t in tensors_of_all_kinds().values())
+    assert f"digesting {folder.name}" in terminal.getvalue()
+    assert f"{nbytes / 1000:.1f}/{nbytes / 1000:.1f} kB" in terminal.getvalue()
 
 
 def test_unaligned_data(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> int:
     try:
         expected = load_saved(options.check) if options.check else None
         tensors = stored_tensors(options.model)
-        begun, bar = time.monotonic(), Bar(f"digesting {options.model}")
+        begun, bar = time.monotonic(), Bar(f"digesting {options.model.resolve().name}")
         try:
             got = saved_of(digest_files(tensors, progress=bar))
         finally:
