@@ -4,26 +4,25 @@
 
 Bits first: ``#wrong`` counts the tensors whose sums differ from another implementation's over the same
 bytes (CUDA against the CPU extension, that against the torch reference). Times are medians of whole calls of
-``Digester.sums``, launches, synchronisation and copy of the results included.
+``Digester.sums``, launches, synchronisation and copy of the results included; on the CPU the calls that are
+compared take turns. From a checkout that is not installed, run `python setup.py build_ext --inplace` first.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import torch
 from rich.console import Console
 from rich.table import Table
+from shapes import MODELS
 
 from weightbus.box import Box
 from weightbus.digest import STABLE_SEED, Digester
@@ -33,6 +32,7 @@ from weightbus.part import Part
 from weightbus.spec import Spec
 
 GIB = 1 << 30
+QWEN = MODELS["qwen3-8b"]
 READ_ONLY = r"""
 extern "C" __global__ void read_only(const uint4* data, long long vectors, unsigned* out) {
   long long stride = (long long)gridDim.x * blockDim.x, i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -59,21 +59,6 @@ def part(tensor: torch.Tensor, name: str = "t", shape: Sequence[int] = (), offse
     return Part(spec=spec, box=Box(tuple(offsets or (0,) * len(shape)), tuple(tensor.shape)), tensor=tensor)
 
 
-def qwen3_8b() -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the 399 tensors of Qwen3-8B."""
-    hidden, inner, kv, vocabulary = 4096, 12288, 1024, 151936
-    layer = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-    }  # fmt: skip
-    names: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens", (vocabulary, hidden))]
-    names += [(f"model.layers.{i}.{name}", shape) for i in range(36) for name, shape in layer.items()]
-    return [*names, ("model.norm", (hidden,)), ("lm_head", (vocabulary, hidden))]
-
-
 def random_bf16(shape: Sequence[int], device: str) -> torch.Tensor:
     return (
         torch.empty(tuple(shape), dtype=torch.bfloat16, device=device)
@@ -83,11 +68,17 @@ def random_bf16(shape: Sequence[int], device: str) -> torch.Tensor:
     )
 
 
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turns."""
+Call = Callable[[], object]
+
+
+def medians(calls: dict[str, Call | tuple[Call, Call]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, taken in turns; of a pair, the first sets up and is not timed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
+            if isinstance(call, tuple):
+                set_up, call = call
+                set_up()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
@@ -108,12 +99,12 @@ def cuda_cases() -> list[tuple[str, Callable[[], list[Part]]]]:
         return [part(random_bf16((GIB, 4), "cuda").reshape(-1, 4096))]
 
     def qwen() -> list[Part]:
-        return [part(random_bf16(shape, "cuda"), name) for name, shape in qwen3_8b()]
+        return [part(random_bf16(shape, "cuda"), name) for name, shape in QWEN.items()]
 
     def columns(ways: int, strided: bool) -> list[Part]:
         """Rank 1's columns of each matrix: as its own tensor, or in place in the whole one."""
         parts = []
-        for name, shape in qwen3_8b():
+        for name, shape in QWEN.items():
             if len(shape) == 2:
                 width = shape[1] // ways
                 held = random_bf16(shape if strided else (shape[0], width), "cuda")
@@ -173,15 +164,14 @@ def cpu_rows(rounds: int) -> list[dict[str, Any]]:
     data = memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
     missed = wrong(parts, digester.sums(STABLE_SEED), ReferenceSums)
 
-    def with_threads(threads: int) -> None:
-        torch.set_num_threads(threads)
-        digester.sums(STABLE_SEED)
+    def digest() -> np.ndarray:
+        return digester.sums(STABLE_SEED)
 
     seconds = medians(
         {
             "hashlib SHA-256": lambda: hashlib.sha256(data).digest(),
-            "grid61, 1 thread": lambda: with_threads(1),
-            "grid61, 2 threads": lambda: with_threads(2),
+            "grid61, 1 thread": (lambda: torch.set_num_threads(1), digest),
+            "grid61, 2 threads": (lambda: torch.set_num_threads(2), digest),
         },
         rounds,
     )
@@ -197,44 +187,22 @@ def row(name: str, tensors: int, nbytes: int, seconds: float, base: float, misse
     }  # fmt: skip
 
 
-def environment(device: str, commit: str) -> dict[str, Any]:
-    found = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "commit": commit,
-    }  # fmt: skip
-    if device == "cuda":
-        import cupy
-
-        found |= {"cuda": torch.version.cuda, "cupy": cupy.__version__}
-    return found
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "unknown"
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", help="write the result")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each case (default 15)")
-    parser.add_argument("--commit", default=None, help="recorded instead of git's answer")
     args = parser.parse_args()
-    rows = cuda_rows(args.rounds) if args.device == "cuda" else cpu_rows(args.rounds)
-    baseline = "ceiling" if args.device == "cuda" else "SHA-256"
+    more: dict[str, Any] = {}
+    if args.device == "cuda":
+        import cupy
+
+        rows, baseline, more = cuda_rows(args.rounds), "ceiling", {"cupy": cupy.__version__}
+    else:
+        rows, baseline = cpu_rows(args.rounds), "SHA-256"
+        more["two_threads_over_one"] = round(rows[1]["us"] / rows[2]["us"], 3)
     table = Table("what", "tensors", "MB", "us", "GB/s", f"of {baseline}", "#wrong")
     for r in rows:
         cells = (
@@ -247,10 +215,11 @@ def main() -> None:
         )
         table.add_row(r["what"], *map(str, cells))
     Console(width=120).print(table)
-    if args.json:
-        record = {"environment": environment(args.device, args.commit or _commit()), "rows": rows}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    for name, value in more.items():
+        print(f"{name} {value}")
+    record.write(args.json, "digest", rows, **more)
+    return 1 if any(r["wrong"] for r in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,10 +7,13 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is not installed
 
 import weightbus
 

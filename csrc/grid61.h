@@ -33,7 +33,7 @@ struct Slot {
   i64 count, stride, axis, exponent, start;
 };
 
-// Mirrored by SEGMENT in weightbus/digest/segments.py: 8-byte fields only, so that there is no padding.
+// Written by segments_of in weightbus/digest/segments.py: 8-byte fields only, so that there is no padding.
 struct Segment {
   u64 address;       // of the word that holds the first byte of the first run
   i64 first_tile;    // tiles of earlier segments

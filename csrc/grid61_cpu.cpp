@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "grid61.h"
-#include "sha256.h"
 
 using namespace grid61;
 
@@ -167,22 +166,6 @@ void digest(const Segment* segments, i64 segment_count, i64 tiles, const u64* ke
   }
 }
 
-u64 fold_key(const unsigned char* seed, int lane, const char* name, size_t length) {
-  static const char kLabel[] = "weightbus fold v1";  // its final NUL belongs to it
-  unsigned char lane_byte = (unsigned char)lane, hash[32];
-  Sha256 sha;
-  sha.update(kLabel, sizeof kLabel);
-  sha.update(seed, 32);
-  sha.update(&lane_byte, 1);
-  sha.update(name, length);
-  sha.finish(hash);
-  u64 half[2] = {0, 0};
-  for (int i = 0; i < 16; ++i) half[i / 8] |= (u64)hash[i] << (8 * (i % 8));
-  // 2**64 = 8 mod P; each half is below 8 P + 8, so that two additions reduce it.
-  u64 low = add(half[0] & P, half[0] >> 61), high = add(half[1] & P, half[1] >> 61);
-  return add(low, multiply(high, 8));
-}
-
 PyObject* py_sums(PyObject*, PyObject* args) {
   Py_buffer segments, keys, out;
   long long tiles, threads;
@@ -202,36 +185,8 @@ PyObject* py_sums(PyObject*, PyObject* args) {
   return nullptr;
 }
 
-PyObject* py_fold(PyObject*, PyObject* args) {
-  PyObject* list;
-  Py_buffer sums;
-  const char* seed;
-  Py_ssize_t seed_length;
-  if (!PyArg_ParseTuple(args, "Oy*y#", &list, &sums, &seed, &seed_length)) return nullptr;
-  u64 total[kLanes] = {0, 0};
-  PyObject* names = PySequence_Fast(list, "_grid61.fold: expected a sequence of names");
-  bool sound = names != nullptr;
-  if (sound && (seed_length != 32 || sums.len != PySequence_Fast_GET_SIZE(names) * kLanes * 8)) {
-    PyErr_SetString(PyExc_ValueError, "_grid61.fold: expected 32 bytes of seed and two sums for each name");
-    sound = false;
-  }
-  for (Py_ssize_t i = 0; sound && i < PySequence_Fast_GET_SIZE(names); ++i) {
-    Py_ssize_t length;
-    const char* name = PyUnicode_AsUTF8AndSize(PySequence_Fast_GET_ITEM(names, i), &length);
-    sound = name != nullptr;
-    for (int lane = 0; sound && lane < kLanes; ++lane) {
-      u64 key = fold_key((const unsigned char*)seed, lane, name, (size_t)length);
-      total[lane] = add(total[lane], multiply(((const u64*)sums.buf)[kLanes * i + lane], key));
-    }
-  }
-  Py_XDECREF(names);
-  PyBuffer_Release(&sums);
-  return sound ? Py_BuildValue("(KK)", total[0], total[1]) : nullptr;
-}
-
 PyMethodDef kMethods[] = {
     {"sums", py_sums, METH_VARARGS, "sums(segments, tiles, keys, out, threads): both lanes' sums of each part"},
-    {"fold", py_fold, METH_VARARGS, "fold(names, sums, seed): both lanes' folded sums"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,20 @@ TABLE_PER_AXIS = 7 * 64
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
+def compiled(source: Path, *flags: str) -> Path:
+    """A shared object; removed when the interpreter ends."""
     assert COMPILER is not None
-    out = Path(tempfile.mkdtemp()) / "cuda_on_host.so"
-    source = Path(__file__).with_suffix(".cpp")
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    subprocess.run([COMPILER, *flags, str(source), "-o", str(out)], check=True)
-    return ctypes.CDLL(str(out))
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    out = Path(folder) / f"{source.stem}.so"
+    common = ["-std=c++17", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    subprocess.run([COMPILER, *common, *flags, str(source), "-o", str(out)], check=True)
+    return out
+
+
+@cache
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(compiled(Path(__file__).with_suffix(".cpp"))))
 
 
 class CudaOnHost:

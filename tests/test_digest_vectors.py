@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
+import sysconfig
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cuda_on_host import COMPILER, CudaOnHost
+from cuda_on_host import COMPILER, CudaOnHost, compiled
 from grid61_boxes import from_bytes, part_of, random_part, to_bytes
 from grid61_definition import sums as defined_sums
 from vectors.make_grid61 import box_bytes, cases
@@ -30,6 +33,33 @@ def cpu(parts: Sequence[Part]) -> Any:
     return pytest.importorskip("weightbus.digest.cpu").CpuSums(parts)
 
 
+@cache
+def extension_without_int128() -> Any:
+    """csrc/grid61_cpu.cpp as a compiler without 128-bit integers sees it."""
+    headers = sysconfig.get_path("include")
+    if not (Path(headers) / "Python.h").exists():
+        pytest.skip(f"no Python.h in {headers}")
+    source = Path(__file__).parent.parent / "csrc" / "grid61_cpu.cpp"
+    library = compiled(source, "-U__SIZEOF_INT128__", f"-I{headers}")
+    spec = importlib.util.spec_from_file_location("_grid61", library)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class CpuWithoutInt128:
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.module = extension_without_int128()
+        self.sums_of_parts = cpu(parts)
+
+    def sums(self, seed: bytes, stream: None) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("weightbus.digest.cpu._grid61", self.module)
+            return self.sums_of_parts.sums(seed, stream)
+
+
 def cuda(parts: Sequence[Part]) -> Any:
     from weightbus.digest.cuda import CudaSums
 
@@ -44,6 +74,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 IMPLEMENTATIONS = [
     pytest.param(ReferenceSums, "cpu", id="reference"),
     pytest.param(cpu, "cpu", id="cpu"),
+    pytest.param(CpuWithoutInt128, "cpu", id="cpu-without-int128", marks=needs_compiler),
     pytest.param(cuda_source(512), "cpu", id="cuda-source-512", marks=needs_compiler),
     pytest.param(cuda_source(1 << 13), "cpu", id="cuda-source-8K", marks=needs_compiler),
     pytest.param(cuda, "cuda", id="cuda", marks=pytest.mark.cuda),

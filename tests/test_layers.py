@@ -43,14 +43,22 @@ LAYERS = {
         "torch_group",
         "broadcast",
         "progress",
+        "disk",
     ),
     4: ("report", "ends", "turn", "session", "publisher", "subscriber"),
-    5: ("cli", "__main__"),
+    5: ("cli", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 SURFACES = ("benchmarks", "examples")
 PURE = sys.stdlib_module_names | {"numpy", "msgspec"}  # what layer 1 may import: no torch, no I/O
-TORCH_FREE = ("weightbus", "weightbus.plan", "weightbus.protocol", "weightbus.hub")
+TORCH_FREE = (
+    "weightbus",
+    "weightbus.plan",
+    "weightbus.protocol",
+    "weightbus.hub",
+    "weightbus.disk",
+    "weightbus.cli",
+)
 
 
 def layer_of(module: str) -> int | None:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightbus.digest import Digest as Digest
+    from weightbus.digest import Digester as Digester
     from weightbus.digest import combine as combine
     from weightbus.digest import model_digest as model_digest
+    from weightbus.digest import sub_part as sub_part
     from weightbus.digest import tensor_digest as tensor_digest
     from weightbus.errors import HubError as HubError
     from weightbus.errors import SpecError as SpecError
@@ -22,7 +24,7 @@ __version__ = "0.1.0"
 
 # Public names by module, imported on first use, as the hub must start without torch.
 _PUBLIC = {
-    "digest": ["Digest", "combine", "model_digest", "tensor_digest"],
+    "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
     "errors": ["HubError", "SpecError", "TornError", "UpdateError", "WeightbusError"],
     "publisher": ["Publisher"],
     "subscriber": ["Subscriber"],

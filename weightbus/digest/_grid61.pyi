@@ -1,4 +1,3 @@
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
@@ -7,4 +6,3 @@ Array: TypeAlias = NDArray[Any]
 SEGMENT_BYTES: int
 
 def sums(segments: Array, tiles: int, keys: Array, out: Array, threads: int, /) -> None: ...
-def fold(names: Sequence[str], sums: Array, seed: bytes, /) -> tuple[int, int]: ...

@@ -6,7 +6,7 @@ A call is three kernels, and waits for the stream once, at its end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class CudaSums:
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream() if stream is None else stream
             self._keys_host[:] = axis_keys(seed, self._axes)
-            with _stream(stream.cuda_stream):
+            with _stream(stream.cuda_stream, self._device.index):
                 self._launch()
             stream.synchronize()
         return self._sums_host.copy()
@@ -96,20 +96,21 @@ def _tiling(total: int, device: torch.device) -> Tiling:
 @lru_cache(maxsize=1)
 def _kernels(options: tuple[str, ...] = ()) -> tuple[Any, Any, Any]:
     # One source, so that CuPy's cache key, which does not see included files, changes with the header.
-    header, source = (_source(name) for name in ("grid61.h", "grid61.cu"))
-    code = source.replace('#include "grid61.h"', header)
     try:
+        code = _source("grid61.cu").replace('#include "grid61.h"', _source("grid61.h"))
         module = cupy.RawModule(code=code, options=("-std=c++17", *options), backend="nvrtc")
         prepare, sums, finish = map(module.get_function, ("grid61_prepare", "grid61_sums", "grid61_finish"))
+        for kernel in (prepare, sums, finish):
+            kernel.compile()  # here, where a failure is caught, and not at the first launch
         return prepare, sums, finish
     except Exception as error:  # the compiler, its library or the driver: the reference serves instead
-        raise ImportError(f"grid61.cu does not compile: {error}") from error
+        raise ImportError(f"grid61.cu can't be compiled: {error}") from error
 
 
 def _source(name: str) -> str:
-    here = Path(__file__)
-    found = [folder / "csrc" / name for folder in here.parents[1:3]]  # a wheel's place, then a checkout's
-    return next((path for path in found if path.exists()), found[0]).read_text()
+    """A file of csrc/: in a wheel it lies beside this package, in a checkout one folder up."""
+    packaged, checkout = (folder / "csrc" / name for folder in Path(__file__).parents[1:3])
+    return (packaged if packaged.exists() else checkout).read_text()
 
 
 class _CudaStream:
@@ -122,9 +123,12 @@ class _CudaStream:
         return 0, self._handle
 
 
-@lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
-    """CuPy's object for a stream that torch owns; before CuPy 14 under its old name."""
+@cache  # for good: CuPy destroys the stream of an object that it sees collected
+def _stream(handle: int, device: int) -> Any:
+    """CuPy's object for a stream that torch owns on the current device; before CuPy 14 under its old name.
+
+    device: its index. The default stream's handle is 0 on each device, and CuPy binds an object to one.
+    """
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(_CudaStream(handle))
     return cupy.cuda.ExternalStream(handle)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,9 @@ from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine,
 from weightbus.digest.reference import ReferenceSums
 from weightbus.errors import SpecError
 from weightbus.layout import Source, layout_of
-from weightbus.part import Part
+from weightbus.part import Part, check_plain, plain_view, spec_of
 from weightbus.spec import Spec
 from weightbus.torch_dtensor import local_parts
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger(__name__)
 
@@ -37,11 +35,12 @@ class Digester:
 
     parts: any mix of dtypes, sizes and strides, all on one device. The storage behind them is read at
     each call, so it must stay where it is. nbytes: bytes that a call digests.
-    Raises SpecError for parts on several devices, or without dense storage.
+    Raises SpecError for parts on several devices, for one whose tensor is not its box in its dtype, and for
+    what ``check_plain`` refuses.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = [_plain(part) for part in parts]
+        self._parts = [_checked(part) for part in parts]
         devices = {part.tensor.device for part in self._parts}
         if len(devices) > 1:
             raise SpecError(f"Digester: expected parts on one device, got {sorted(map(str, devices))}")
@@ -67,8 +66,7 @@ def tensor_digest(tensor: Tensor, *, seed: bytes = STABLE_SEED) -> Digest:
     """
     check_seed(seed)
     parts = local_parts("tensor", tensor)
-    spec = Spec(name="", dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
-    return _digest(spec, parts, Digester(parts).sums(seed), seed)
+    return _digest(spec_of("tensor", tensor), parts, Digester(parts).sums(seed), seed)
 
 
 def model_digest(model: Source, *, seed: bytes = STABLE_SEED) -> str:
@@ -98,10 +96,6 @@ def sub_part(part: Part, box: Box) -> Part | None:
     return Part(spec=part.spec, box=common, tensor=part.tensor[common.within(part.box)])
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _digest(spec: Spec, parts: Sequence[Part], rows: npt.NDArray[np.uint64], seed: bytes) -> Digest:
     lane0, lane1 = (sum(lane) % P for lane in zip(*rows.tolist(), strict=True)) if len(rows) else (0, 0)
     return Digest(
@@ -113,21 +107,17 @@ def _digest(spec: Spec, parts: Sequence[Part], rows: npt.NDArray[np.uint64], see
     )
 
 
-def _plain(part: Part) -> Part:
-    tensor = part.tensor
-    if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
+def _checked(part: Part) -> Part:
+    spec, tensor = part.spec, part.tensor
+    check_plain(spec.name, tensor)
+    if str(tensor.dtype) != f"torch.{spec.dtype}" or tuple(tensor.shape) != part.box.sizes:
         raise SpecError(
-            f"{part.spec.name}: expected a dense tensor, got layout {tensor.layout} on {tensor.device}; digest"
+            f"{spec.name}: expected a {spec.dtype} view of box {part.box}, "
+            f"got {tensor.dtype} {list(tensor.shape)}; digest"
         )
-    if tuple(tensor.shape) != part.box.sizes or not part.box.inside(part.spec.shape):
-        raise SpecError(
-            f"{part.spec.name}: expected a view of box {part.box} in shape {part.spec.shape}, "
-            f"got shape {tuple(tensor.shape)}; digest"
-        )
-    tensor = tensor.detach()
-    if tensor.is_conj() or tensor.is_neg():  # a lazy view: its bytes are not what it reads as
-        tensor = tensor.resolve_conj().resolve_neg()
-    return Part(spec=part.spec, box=part.box, tensor=tensor)
+    if not part.box.inside(spec.shape):
+        raise SpecError(f"{spec.name}: expected a box in shape {list(spec.shape)}, got {part.box}; digest")
+    return replace(part, tensor=plain_view(tensor))
 
 
 def _implementation(parts: list[Part], device: torch.device) -> _Sums:

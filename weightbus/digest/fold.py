@@ -20,10 +20,7 @@ def fold(names: Sequence[str], sums: npt.NDArray[np.uint64], seed: bytes) -> tup
     check_seed(seed)
     if sums.shape != (len(names), 2):
         raise ValueError(f"sums: expected shape ({len(names)}, 2), got {sums.shape}; fold")
-    return _fold_python(names, sums, seed)
 
-
-def _fold_python(names: Sequence[str], sums: npt.NDArray[np.uint64], seed: bytes) -> tuple[int, int]:
     def key(lane: int, name: str) -> int:
         text = b"weightbus fold v1\0" + seed + bytes([lane]) + name.encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:16], "little") % P

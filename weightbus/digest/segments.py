@@ -19,6 +19,7 @@ from weightbus.part import Part
 WORD = 4
 VECTOR = 16
 SLOTS = 16
+MAX_EXPONENT = 2**42  # of kDigits in csrc/grid61.h
 _FIELDS = 14
 _SLOT_FIELDS = 5
 
@@ -115,7 +116,10 @@ def runs_of(part: Part) -> list[Runs]:
 
 
 def segments_of(parts: Sequence[Part], tiling: Tiling) -> Segments:
-    """All parts' runs in tiles. Raises NotImplementedError for a part that needs more than SLOTS slots."""
+    """All parts' runs in tiles.
+
+    Raises NotImplementedError for a part that needs more than SLOTS slots, or powers beyond MAX_EXPONENT.
+    """
     rows: list[tuple[int, ...]] = []
     first_tiles = []
     tiles, axes = 0, 1
@@ -188,6 +192,8 @@ def _segment(runs: Runs, tiling: Tiling, first_tile: int, part: int) -> tuple[tu
     slots += [(1, 0, axis, 0, start) for axis, start in starts.items()]
     if len(slots) > SLOTS:
         raise NotImplementedError(f"more than {SLOTS} dimensions")
+    if any(start + count * exponent > MAX_EXPONENT for count, _, _, exponent, start in slots):
+        raise NotImplementedError(f"places beyond {MAX_EXPONENT} rows or words")
     bits = runs.address | walk.stride | VECTOR
     for dim in dims:
         bits |= dim.stride
