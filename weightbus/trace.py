@@ -85,6 +85,11 @@ class Effect:
     pieces: tuple[Piece, ...] = ()
     fills: tuple[Fill, ...] = ()
 
+    @property
+    def targets(self) -> list[Box]:
+        """All boxes of the parameter that it writes."""
+        return [piece.target for piece in self.pieces] + [fill.target for fill in self.fills]
+
     def copied(self, new: Sequence[Piece]) -> Effect:
         """This effect, then copies."""
         for one, other in product(self.pieces, new):
