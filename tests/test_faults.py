@@ -115,7 +115,7 @@ def hook_that_dies(rank, size, *, address, replica, how):
     calls = []
 
     def load(param, loaded):
-        calls.append(1)
+        calls.extend([] if loaded.is_meta else [1])  # it is traced first, on tensors without data
         if len(calls) == 2:
             os.kill(os.getpid(), how)
         param.data.copy_(loaded)
@@ -144,7 +144,7 @@ def run_mid_transfer(address, how):
 
 def test_killed_in_the_middle_of_a_transfer(address):
     ((first, second, third),), (survivor,), _ = run_mid_transfer(address, signal.SIGKILL)
-    assert first[:2] == ("arrived", 2)
+    assert first[:2] == ("verified", 2)
     assert second[0] == "TornError"
     assert "replica 1 server rank 0" in second[1]
     assert second[2] < 10
@@ -154,7 +154,7 @@ def test_killed_in_the_middle_of_a_transfer(address):
 
 def test_stopped_in_the_middle_of_a_transfer(address):
     ((first, second, third),), (survivor,), _ = run_mid_transfer(address, signal.SIGSTOP)
-    assert first[:2] == ("arrived", 2)
+    assert first[:2] == ("verified", 2)
     assert second[0] == "TornError"
     assert "replica 1 server rank 0" in second[1]
     assert second[2] < 10

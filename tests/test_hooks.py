@@ -26,7 +26,7 @@ def drawn(version):
 
 def trainer(rank, size, *, address, versions=(1, 2), bucket_bytes=1 << 12):
     tensors = [(name, torch.zeros(shape)) for name, shape in NAMES.items()]
-    outcomes = []
+    outcomes, wrong, reasons = [], [], {}
     with weightbus.Publisher(
         tensors, address=address, bucket_bytes=bucket_bytes, join_timeout_s=20
     ) as publisher:
@@ -37,16 +37,19 @@ def trainer(rank, size, *, address, versions=(1, 2), bucket_bytes=1 << 12):
                 report = publisher.update(version)
                 verdict = publisher.check()
                 outcomes.append((report.word, sorted(report.arrived), verdict.word))
+                wrong += [(mismatch.tensor, mismatch.rank) for mismatch in verdict.mismatches]
+                reasons |= report.arrived
             except weightbus.WeightbusError as error:
                 outcomes.append((type(error).__name__, str(error)))
-    return outcomes
+    return outcomes, wrong, reasons
 
 
 class Fused(nn.Module):
     """Rows of q, k and v under one parameter, split over ranks; o_proj split by columns."""
 
-    def __init__(self, rank, size, fail_at=None):
+    def __init__(self, rank, size, fail_at=None, opaque=False):
         super().__init__()
+        self.opaque = opaque
         self.rank, self.size, self.calls, self.fail_at = rank, size, 0, fail_at
         self.qkv = nn.Parameter(torch.zeros(40 // size, D))
         self.qkv.weight_loader = self.load_qkv
@@ -55,7 +58,7 @@ class Fused(nn.Module):
         self.norm = nn.Parameter(torch.zeros(D))
 
     def load_qkv(self, param, loaded, shard):
-        self.calls += 1
+        self.calls += not loaded.is_meta  # it is traced first, on tensors without data
         if self.calls == self.fail_at:
             raise ValueError("no room for this shard")
         rows = {"q": (0, D), "k": (D, 8), "v": (D + 8, 8)}[shard]
@@ -63,7 +66,8 @@ class Fused(nn.Module):
         param.data.narrow(0, start, count).copy_(loaded.chunk(self.size, 0)[self.rank])
 
     def load_columns(self, param, loaded):
-        param.data.copy_(loaded.chunk(self.size, 1)[self.rank])
+        mine = loaded.chunk(self.size, 1)[self.rank]
+        param.data.copy_(mine.neg().neg() if self.opaque else mine)
 
 
 def name_map(wire):
@@ -73,14 +77,22 @@ def name_map(wire):
     return {"o_proj": "out", "norm": "norm"}[part]
 
 
-def server(rank, size, *, address, fail_at=None):
-    model = Fused(rank, size, fail_at)
+def server(rank, size, *, address, fail_at=None, opaque=False, damage=None):
+    model = Fused(rank, size, fail_at, opaque)
     seen, torn = [], []
+
+    def committed(version):
+        seen.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        if damage and (version, rank) == (2, 1):
+            name, row = damage
+            with torch.no_grad():
+                getattr(model, name)[row, 5] += 1
+
     subscriber = weightbus.Subscriber(
         model,
         address=address,
         name_map=name_map,
-        on_commit=lambda version: seen.append({n: p.detach().clone() for n, p in model.named_parameters()}),
+        on_commit=committed,
         on_torn=lambda error: torn.append((subscriber.state, str(error))),
     )
     with subscriber:
@@ -104,8 +116,7 @@ def test_fused_and_sharded_by_hooks(address, bucket_bytes):
         Job(run=trainer, size=2, arguments={"address": address, "bucket_bytes": bucket_bytes}),
         Job(run=server, size=2, arguments={"address": address}),
     )
-    hooked = ["k_proj.weight", "o_proj.weight", "q_proj.weight", "v_proj.weight"]
-    assert trainers[0] == [("arrived", hooked, "arrived")] * 2
+    assert trainers[0][0] == [("verified", [], "verified")] * 2
     for rank, (seen, torn, state, version) in enumerate(servers):
         assert (torn, state, version) == ([], "ready", 2)
         for number, state in enumerate(seen, start=1):
@@ -119,7 +130,7 @@ def test_a_raising_hook_tears_and_a_whole_update_mends(address):
         Job(run=trainer, size=1, arguments={"address": address}),
         Job(run=server, size=2, arguments={"address": address, "fail_at": 3}),
     )
-    (kind, text), second = trainers[0]
+    (kind, text), second = trainers[0][0]
     assert kind == "TornError"
     for part in (
         "v_proj.weight",
@@ -128,10 +139,105 @@ def test_a_raising_hook_tears_and_a_whole_update_mends(address):
         "replica 0 server rank 1",
     ):
         assert part in text, text
-    assert second[0] == "arrived"
+    assert second[0] == "verified"
     for rank, (seen, torn, state, version) in enumerate(servers):
         assert [s for s, _ in torn] == ["torn"]
         assert "no room for this shard" in torn[0][1]
         assert (state, version, len(seen)) == ("ready", 2, 1)
         for name, tensor in expected(2, rank, 2).items():
             assert torch.equal(seen[0][name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("parameter", "row", "wire"),
+    [
+        ("qkv", 0, "q_proj.weight"),
+        ("qkv", 13, "k_proj.weight"),
+        ("qkv", 19, "v_proj.weight"),
+        ("out", 3, "o_proj.weight"),
+    ],
+)
+def test_damage_behind_a_hook_is_named_by_the_wires_name(address, parameter, row, wire):
+    trainers, _ = run_jobs(
+        Job(run=trainer, arguments={"address": address}),
+        Job(run=server, size=2, arguments={"address": address, "damage": (parameter, row)}),
+    )
+    outcomes, wrong, _ = trainers[0]
+    assert [(update, check) for update, _, check in outcomes] == [
+        ("verified", "verified"),
+        ("verified", "mismatch"),
+    ]
+    assert wrong == [(wire, "replica 0 server rank 1")]
+
+
+def test_a_hook_that_computes_is_checked_on_arrival_only(address):
+    trainers, servers = run_jobs(
+        Job(run=trainer, arguments={"address": address}),
+        Job(run=server, size=2, arguments={"address": address, "opaque": True}),
+    )
+    outcomes, _, reasons = trainers[0]
+    assert outcomes == [("arrived", ["o_proj.weight"], "arrived")] * 2
+    assert reasons == {
+        "o_proj.weight": "weight_loader of out can't be traced: it computes with weights, by aten.neg.default"
+    }
+    for rank, (seen, _, _, _) in enumerate(servers):
+        assert torch.equal(seen[1]["out"], expected(2, rank, 2)["out"])
+
+
+class Padded(nn.Module):
+    """A vocabulary of 37 words in a table of 40 rows, whose last ones the loader zeroes or forgets."""
+
+    def __init__(self, forgets):
+        super().__init__()
+        self.forgets = forgets
+        self.table = nn.Parameter(torch.ones(40, 6))
+        self.table.weight_loader = self.load
+
+    def load(self, param, loaded):
+        param.data[:37].copy_(loaded)
+        if not self.forgets:
+            param.data[37:].fill_(0)
+
+
+def vocabulary_trainer(rank, size, *, address):
+    outcomes = []
+    source = [("table", torch.randn(37, 6))]
+    with weightbus.Publisher(source, address=address, join_timeout_s=20) as publisher:
+        try:
+            publisher.update(1)
+            outcomes.append(str(publisher.check()))
+        except weightbus.WeightbusError as error:
+            outcomes.append(str(error))
+    return outcomes
+
+
+def vocabulary_server(rank, size, *, address, forgets=False, spoil=False, local=()):
+    model = Padded(forgets)
+
+    def committed(version):
+        if spoil:
+            with torch.no_grad():
+                model.table[38, 2] = 1e-3
+
+    with weightbus.Subscriber(model, address=address, local=local, on_commit=committed) as subscriber:
+        subscriber.serve()
+    return model.table[37:].detach().sum().item()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "outcome", "tail"),
+    [
+        ({}, "verified version 1", 0.0),
+        ({"spoil": True}, "table: expected 0 in [37:40, 0:6], where its weight_loader fills it", 1e-3),
+        ({"forgets": True}, "expected weight_loader to write all 240 elements of shape [40, 6], got 222", 18.0),
+        ({"forgets": True, "local": ["table"]}, "verified version 1", 18.0),
+    ],
+    ids=["filled", "spoiled", "forgotten", "declared"],
+)
+def test_padding(address, arguments, outcome, tail):
+    ((outcomes,), (left,)) = run_jobs(
+        Job(run=vocabulary_trainer, arguments={"address": address}),
+        Job(run=vocabulary_server, arguments={"address": address, **arguments}),
+    )
+    assert outcome in outcomes[0]
+    assert left == pytest.approx(tail)

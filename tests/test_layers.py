@@ -26,6 +26,8 @@ LAYERS = {
         "torch_module",
         "torch_copy",
         "bucket",
+        "trace",
+        "torch_trace",
         "install",
         "digest",
         "ledger",

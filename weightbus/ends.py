@@ -10,7 +10,7 @@ from typing import Literal
 from weightbus import messages as m
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.facts import Holding, encode_facts, facts_id
-from weightbus.install import NameMap, Target
+from weightbus.install import NameMap, Target, Traces
 from weightbus.layout import Layout, Source, layout_of
 from weightbus.ledger import Ledger, Record, live_entries
 from weightbus.spec import Spec
@@ -103,14 +103,17 @@ class Destination(_End):
         self.version: int | None = None
         self.error: WeightbusError | None = None
         self._before: State = "empty"
+        self._traces: Traces = {}
 
     def target(self, manifest: Mapping[str, Spec], modules: Sequence[str] | None) -> Target:
-        return Target(self.layout, modules, manifest, name_map=self._name_map, local=self._local)
-
-    def arrived(self) -> list[str]:
-        """Tensors whose hooks hide where they live."""
-        records = {id(record): record for record in self._records.values()}.values()
-        return sorted({name for record in records if record.target for name in record.target.hooks})
+        return Target(
+            self.layout,
+            modules,
+            manifest,
+            name_map=self._name_map,
+            local=self._local,
+            traces=self._traces,
+        )
 
     def record(self, job: m.Job) -> Record:
         """What this rank holds of ``job``; its ledger digests what is live now."""

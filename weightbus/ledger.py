@@ -153,16 +153,16 @@ def sent_entries(
 
 
 def live_entries(target: Target, whole: Mapping[str, Tensor], group: int) -> list[Entry]:
-    """Entries of a server rank: its live storage under wire names, and what its hooks take."""
-    entries = []
-    for wire, parts in target.parts.items():
-        for part in filter(lambda part: part.box.volume, parts):
-            renamed = Part(spec=target.specs[wire], box=part.box, tensor=part.tensor)
-            entries.append(Entry(part=renamed, stage=LIVE, groups=(group,)))
+    """Entries of a server rank: its live storage under wire names, and what its opaque hooks are given."""
+    entries = [
+        Entry(part=Part(spec=spec, box=box, tensor=view), stage=LIVE, groups=(group,))
+        for wire, spec in target.specs.items()
+        for box, view in target.live(wire)
+        if box.volume
+    ]
+    opaque = target.arrived()
     for wire, tensor in whole.items():
-        if not tensor.numel():
-            continue
-        spec = target.specs[wire]
-        part = Part(spec=spec, box=Box.whole(spec.shape), tensor=tensor)
-        entries.append(Entry(part=part, stage=wire, groups=(group,), live=False))
+        if tensor.numel() and wire in opaque:
+            part = Part(spec=target.specs[wire], box=Box.whole(tensor.shape), tensor=tensor)
+            entries.append(Entry(part=part, stage=wire, groups=(group,), live=False))
     return entries

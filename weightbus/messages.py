@@ -213,13 +213,18 @@ class Fold(Record):
 
 
 class Done(Message, tag="done"):
-    """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``."""
+    """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``.
+
+    arrived: tensors of which only the arrival was digested, and why. wrong: parameters that the rank
+    itself finds wrong, and how.
+    """
 
     peer: Token
     update: Count
     sent: list[Fold] = []
     live: list[Fold] = []
-    arrived: list[Name] = []
+    arrived: dict[Name, Reason] = {}
+    wrong: list[tuple[Name, Reason]] = []
     error: Reason = ""
     stages: dict[Name, Seconds] = {}
 
@@ -263,7 +268,7 @@ class Outcome(Message, tag="outcome"):
     moved: bool
     verdict: Word
     failures: list[Failure] = []
-    arrived: list[Name] = []
+    arrived: dict[Name, Reason] = {}
     epoch: Count = 0
     seconds: Seconds = 0.0
     trainers: Count = 0

@@ -275,9 +275,12 @@ class Coordinator:
                     wrong.add((fold.job, fold.group))
         if round.failures:
             self._fail(round, now)
-        elif wrong:
+            return
+        if wrong:
             self._send(round.members, m.Detail(update=round.update, groups=sorted(wrong)))
             self._next(round, Phase.DETAIL, round.members, now + round.enter.transfer_s)
+        elif any(done.wrong for done in dones.values()):
+            self._mismatch(round, [], now)
         else:
             arrived = any(done.arrived for done in dones.values())
             self._end(round, "arrived" if arrived else "verified", now)
@@ -291,6 +294,7 @@ class Coordinator:
                 for name, (a, b) in sums.sums.items():
                     old = total.get(name, (0, 0))
                     total[name] = ((old[0] + a) % SUM_PRIME, (old[1] + b) % SUM_PRIME)
+        found = []
         for peer, answer in answers.items():
             for sums in answer.live:
                 wanted = expected.get((sums.job, sums.group), {})
@@ -298,11 +302,18 @@ class Coordinator:
                     one, other = wanted.get(name), sums.sums.get(name)
                     if one != other:
                         reason = f"expected digest {_text(one)}, got {_text(other)}"
-                        rank = str(round.members[peer])
-                        round.failures.append(m.Failure(rank=rank, tensor=name, reason=reason))
-        if not round.failures:
+                        found.append(m.Failure(rank=str(round.members[peer]), tensor=name, reason=reason))
+        if not found:
             reason = "folded sums differed, sums of the single tensors do not: weights changed meanwhile"
-            round.failures.append(m.Failure(rank="unknown rank", tensor=None, reason=reason))
+            found = [m.Failure(rank="unknown rank", tensor=None, reason=reason)]
+        self._mismatch(round, found, now)
+
+    def _mismatch(self, round: Round, found: list[m.Failure], now: float) -> None:
+        """The end of a round in which these tensors are wrong, and those that ranks found wrong themselves."""
+        round.failures += found
+        for peer, done in round.dones.items():
+            for name, reason in done.wrong:
+                round.failures.append(m.Failure(rank=str(round.members[peer]), tensor=name, reason=reason))
         self._end(round, "mismatch", now)
 
     # -- ends --------------------------------------------------------------------------------------
@@ -323,7 +334,7 @@ class Coordinator:
             moved=update and round.phase in (Phase.RUN, Phase.DETAIL),
             verdict=verdict,
             failures=round.failures[:1000],
-            arrived=sorted({name for done in round.dones.values() for name in done.arrived}),
+            arrived={name: why for done in round.dones.values() for name, why in sorted(done.arrived.items())},
             epoch=self.epoch,
             seconds=now - round.started,
             trainers=sum(member.trainer is not None for member in round.members.values()),

@@ -123,7 +123,7 @@ class Publisher:
             trainers=outcome.trainers,
             servers=outcome.servers,
             replicas=tuple(outcome.replicas),
-            arrived=tuple(outcome.arrived),
+            arrived=outcome.arrived,
         )
         if self.rank == 0:
             log.info("%s", report)
@@ -150,7 +150,7 @@ class Publisher:
                 Mismatch(rank=failure.rank, tensor=failure.tensor, reason=failure.reason)
                 for failure in outcome.failures
             ),
-            arrived=tuple(outcome.arrived),
+            arrived=outcome.arrived,
             servers=outcome.servers,
             seconds=time.monotonic() - begun,
         )

@@ -23,13 +23,14 @@ class Verdict:
     """The outcome of a check, the same on every trainer rank.
 
     word: ``verified`` if every server rank holds the version's bytes live; ``arrived`` if all that can
-    be digested does, but the tensors in ``arrived`` sit behind hooks; ``mismatch`` otherwise.
+    be digested does, but some tensors sit behind hooks; ``mismatch`` otherwise.
+    arrived: those tensors, each with the reason why it can't be digested where it lives.
     """
 
     word: str
     version: int | None
     mismatches: tuple[Mismatch, ...]
-    arrived: tuple[str, ...]
+    arrived: Mapping[str, str]
     servers: int
     seconds: float
 
@@ -41,7 +42,8 @@ class Verdict:
         where = _count(self.servers, "server rank")
         head = f"{self.word} version {self.version} on {where} in {self.seconds:.3f} s"
         if self.arrived:
-            head += f"; {_count(len(self.arrived), 'tensor')} behind hooks not checked live"
+            name, why = next(iter(self.arrived.items()))
+            head += f"; {_count(len(self.arrived), 'tensor')} not checked live, such as {name}: {why}"
         return "\n  ".join([head, *map(str, self.mismatches)])
 
 
@@ -50,8 +52,9 @@ class Report:
     """One committed update, as this trainer rank saw it.
 
     word: ``verified``, ``arrived`` (all arrived, some of it behind hooks) or ``unverified`` (not asked
-    for). nbytes: of the tensors in the wire's dtypes. seconds: from the call to the commit on all
-    ranks. stages: seconds of this rank's parts of it. staging_bytes: this rank's staging memory.
+    for). arrived: as in Verdict. nbytes: of the tensors in the wire's dtypes. seconds: from the call to
+    the commit on all ranks. stages: seconds of this rank's parts of it. staging_bytes: this rank's staging
+    memory.
     """
 
     word: str
@@ -65,7 +68,7 @@ class Report:
     trainers: int
     servers: int
     replicas: tuple[int, ...]
-    arrived: tuple[str, ...]
+    arrived: Mapping[str, str]
 
     @property
     def verified(self) -> bool:

@@ -29,7 +29,9 @@ class Subscriber:
         default from the model's device mesh, else torchrun's variables.
     name_map: a function or mapping from a wire name to this model's name, to a tuple of a name and
         further arguments for its ``weight_loader``, or to None where another rank takes it.
-    local: patterns of this model's names that no update feeds.
+        A ``weight_loader`` is called once more than there are updates: on tensors without data, on the
+        meta device, to learn which elements it writes (docs/checks.md).
+    local: patterns of this model's names that no update feeds, or, behind hooks, feeds in part.
     on_update: called with the version before any byte is written (pause). Then exactly one of
         on_commit (with the version: flush caches, resume), on_torn (with the error: weights are a
         mixture) or on_refused (with the error: the old weights live on).

@@ -213,7 +213,7 @@ class Turn:
             return ended.outcome
         except Exception as caught:
             error = explain(caught)
-        self._done(sorted(planned.target.hooks) if planned and planned.target else [], error)
+        self._done(error)
         return None
 
     def _transfer(self, planned: Planned, seed: bytes) -> None:
@@ -285,14 +285,18 @@ class Turn:
 
         return look
 
-    def _done(self, arrived: list[str], error: str = "") -> None:
-        sent, live = [], []
+    def _done(self, error: str = "") -> None:
+        sent, live, wrong = [], [], []
+        arrived: dict[str, str] = {}
         if not error and (self._offer.verify or self._offer.kind == "check"):
             for job, evidence in enumerate(self._evidence):
                 if evidence.sent:
                     sent += [self._fold(job, evidence.sent, group) for group in evidence.sent.ledger.groups]
                 if evidence.live:
                     live.append(self._fold(job, evidence.live, evidence.live.group))
+                    if (target := evidence.live.target) is not None:
+                        arrived |= target.arrived()
+                        wrong += target.spoiled_fills()
         self.session.link.send(
             m.Done(
                 peer=self.session.link.peer,
@@ -300,6 +304,7 @@ class Turn:
                 sent=sent,
                 live=live,
                 arrived=arrived,
+                wrong=wrong,
                 error=error,
                 stages=self.progress.stages,
             )
@@ -328,7 +333,7 @@ class Turn:
         except Exception as caught:
             error = explain(caught)
         self._lap("verify")
-        self._done(session.destination.arrived() if session.destination else [], error)
+        self._done(error)
 
     def detail(self, detail: m.Detail) -> None:
         """Sums of the single tensors where folds differ."""

@@ -1,0 +1,142 @@
+"""Runs a loader hook on recording tensors: stand-ins on the meta device, with strides but no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from weightbus.trace import Effect, Grid, Piece, Untraceable, View, fills_of, pieces_of
+
+_aten = torch.ops.aten
+_COPIES = (_aten._to_copy.default, _aten.clone.default)
+_FILLS = (_aten.fill_.Scalar, _aten.zero_.default)
+
+
+def trace(
+    hook: Callable[[dict[str, Tensor], Tensor], object],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    parameters: Mapping[str, Tensor],
+) -> dict[str, Effect]:
+    """What ``hook(parameters, wire tensor)`` does to each parameter, found without touching any.
+
+    shape, dtype: the wire tensor's. Raises Untraceable, with the reason, unless the hook does nothing but
+    view, copy and fill. The hook runs once, on stand-ins of the parameters' own classes and attributes.
+    """
+    stand_ins = {name: _stand_in(name, parameter) for name, parameter in parameters.items()}
+    wire = torch.empty(shape, dtype=dtype, device="meta")
+    recorder = _Recorder(wire, stand_ins)
+    try:
+        with torch.no_grad(), recorder:
+            hook(stand_ins, wire)
+    except Untraceable:
+        raise
+    except Exception as error:
+        raise Untraceable(f"on a tensor without data it raised {type(error).__name__}: {error}") from error
+    for name, tensor in stand_ins.items():
+        if recorder.names.get(_storage(tensor)) != name:
+            raise Untraceable(f"it gives {name} another storage")
+    boxes = [piece.box for effect in recorder.effects.values() for piece in effect.pieces]
+    for i, box in enumerate(boxes):
+        if any(box.intersect(other) for other in boxes[:i]):
+            raise Untraceable("it writes an element to two places")
+    return recorder.effects
+
+
+def _stand_in(name: str, parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        raise Untraceable(f"{name} is a DTensor")
+    meta = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
+    stand_in = torch.Tensor._make_subclass(type(parameter), meta)
+    stand_in.__dict__.update(parameter.__dict__)
+    return stand_in
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets views through, writes copies and fills down, and refuses all else that touches a recorded tensor."""
+
+    def __init__(self, wire: Tensor, stand_ins: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.effects: dict[str, Effect] = {}
+        self.names = {_storage(tensor): name for name, tensor in stand_ins.items()}
+        self._grids = {name: Grid.like(tensor) for name, tensor in stand_ins.items()}
+        self._wire = Grid.like(wire)
+        # Storages of the wire tensor and of copies of its views: a copy holds what its source holds.
+        self._sources: dict[int, tuple[Tensor, Tensor | None]] = {_storage(wire): (wire, None)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = [tensor for tensor in tensors if self._known(tensor)]
+        if func is _aten.copy_.default and known:
+            self._copy(args[0], args[1])
+            return args[0]
+        if func in _FILLS and known:
+            self._fill(args[0], float(args[1]) if len(args) > 1 else 0.0)
+            return args[0]
+        if func in _COPIES and _storage(args[0]) in self._sources:
+            if kwargs.get("device") is not None:
+                kwargs["device"] = torch.device("meta")
+            kwargs.pop("pin_memory", None)
+            copy = func(*args, **kwargs)
+            self._sources[_storage(copy)] = copy, args[0]
+            return copy
+        if func._schema.is_mutable and tensors:
+            raise Untraceable(f"it changes tensors by {func}")
+        result = func(*args, **kwargs)
+        if known:
+            for leaf in tree_leaves(result):
+                if not isinstance(leaf, Tensor) or not self._known(leaf) or leaf.dtype != known[0].dtype:
+                    raise Untraceable(f"it computes with weights, by {func}")
+        return result
+
+    def _known(self, tensor: Tensor) -> bool:
+        storage = _storage(tensor)
+        return storage in self.names or storage in self._sources
+
+    def _fill(self, view: Tensor, value: float) -> None:
+        name = self._written(view)
+        fills = fills_of(_view(view), self._grids[name], value)
+        self.effects[name] = self.effects.get(name, Effect()).filled(fills)
+
+    def _copy(self, view: Tensor, source: Tensor) -> None:
+        name = self._written(view)
+        if _storage(source) not in self._sources:
+            raise Untraceable(f"it copies into {name} what is not of the tensor that arrived")
+        pieces = self._pieces(source.expand(view.shape), _view(view), view.dtype, self._grids[name])
+        self.effects[name] = self.effects.get(name, Effect()).copied(pieces)
+
+    def _written(self, view: Tensor) -> str:
+        name = self.names.get(_storage(view))
+        if name is None:
+            raise Untraceable("it writes to a tensor that is no parameter")
+        return name
+
+    def _pieces(self, source: Tensor, target: View, dtype: torch.dtype, grid: Grid) -> list[Piece]:
+        """A copy from a view of the wire tensor, or of a copy of one, whose own source is looked up."""
+        if source.dtype != dtype:
+            raise Untraceable(f"it casts from {source.dtype} to {dtype}")
+        held, origin = self._sources[_storage(source)]
+        if origin is None:
+            return pieces_of(_view(source), self._wire, target, grid)
+        found = []
+        for piece in pieces_of(_view(source), Grid.like(held), target, grid):
+            inner = origin[tuple(slice(o, e) for o, e in zip(piece.box.offsets, piece.box.ends, strict=True))]
+            found += self._pieces(inner, piece.view, held.dtype, grid)
+        return found
+
+
+def _view(tensor: Tensor) -> View:
+    return View(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
