@@ -25,6 +25,7 @@ LAYERS = {
         "torch_dtensor",
         "torch_module",
         "torch_copy",
+        "lanes",
         "bucket",
         "trace",
         "torch_trace",

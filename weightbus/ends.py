@@ -130,7 +130,7 @@ class Destination(_End):
         """The record over storage that has moved since."""
         assert record.target is not None
         target = self.target(record.target.manifest, job.modules)
-        ledger = Ledger(live_entries(target, {}, record.group))
+        ledger = Ledger(live_entries(target, {}, record.group, {}))
         moved = replace(record, ledger=ledger, sums=ledger.sums.copy(), target=target)
         self.commit(moved, job.modules)
         return moved

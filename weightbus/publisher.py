@@ -21,8 +21,10 @@ log = logging.getLogger("weightbus")
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 
-# As few transfers as keep the pipe full, as little staging as is worth a thought.
-DEFAULT_BUCKET_BYTES = 64 << 20
+# A wave's bytes: enough that the link's pauses between waves do not count, little enough that the first
+# wave's packing and the last one's installing do not either.
+CUDA_BUCKET_BYTES = 256 << 20
+CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
 
 
@@ -33,7 +35,8 @@ class Publisher:
         of (name, tensor). Plain tensors, or DTensors of any mesh and placement but ``Partial``.
     address: the hub's. rank, size: default from the model's device mesh, else torchrun's variables.
     min_replicas: an update waits until so many replicas of the server job are complete.
-    bucket_bytes, num_buckets: staging memory of each rank, in bytes, and the longest transfer.
+    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; ``bucket_bytes`` is also
+        how much is sent together. By default 64 MiB on the CPU, 256 MiB on CUDA.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
     dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
@@ -49,7 +52,7 @@ class Publisher:
         rank: int | None = None,
         size: int | None = None,
         min_replicas: int = 1,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
         connect_timeout_s: float = 60.0,
         join_timeout_s: float = 300.0,
@@ -60,25 +63,28 @@ class Publisher:
     ) -> None:
         if min_replicas < 1:
             raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
+        self._origin = Origin(source)
+        device = self._origin.layout.device
+        if bucket_bytes is None:
+            bucket_bytes = CUDA_BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
         if bucket_bytes < 1 << 10 or num_buckets < 1:
             raise SpecError(
                 f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
             )
-        self._origin = Origin(source)
         self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
         self._min_replicas, self._bucket_bytes = min_replicas, bucket_bytes
         self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
         self._progress = progress
         self.version: int | None = None
         self._closed = False
-        self._session = Session.open(address, self._origin.layout.device, num_buckets)
+        self._session = Session.open(address, device, num_buckets)
         try:
             self._session.link.join(
                 role="trainer",
                 rank=self.rank,
                 size=self.size,
                 replica=0,
-                device=self._origin.layout.device.type,
+                device=device.type,
                 timeout_s=connect_timeout_s,
                 start_hub_dead_after_s=dead_after_s if self.rank == 0 else None,
             )

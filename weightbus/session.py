@@ -16,6 +16,7 @@ from weightbus.bucket import Staging
 from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError
 from weightbus.group import Group
+from weightbus.lanes import Lanes
 from weightbus.link import Link
 from weightbus.turn import SLACK_S, Planned, Progress, Turn
 
@@ -32,6 +33,7 @@ class Session:
         self.origin: Origin | None = None
         self.destination: Destination | None = None
         self.staging = Staging(device, num_buckets)
+        self.lanes = Lanes(device)
         self._group: Group | None = None
         self._plans: dict[str, Planned] = {}
         self._epoch = -1

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from weightbus import messages as m
-from weightbus.broadcast import IN_FLIGHT, Broadcast, on_side_stream, synchronise
-from weightbus.bucket import Compiled, compile_steps
+from weightbus.broadcast import Broadcast
+from weightbus.bucket import Compiled, compile_waves
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
 from weightbus.facts import Facts, decode_facts, encode_facts
 from weightbus.install import Target
-from weightbus.ledger import LIVE, Entry, Ledger, Record, Stage, live_entries, sent_entries
+from weightbus.ledger import Entry, Ledger, Record, live_entries, sent_entries
 from weightbus.plan import Plan, Want, merge_sources, plan_broadcast
 from weightbus.spec import Spec
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
+
+# In how many pieces what lies in place is digested, while other waves are under way.
+DIGESTS = 16
 
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
@@ -180,14 +183,14 @@ class Turn:
         plan = plan_broadcast(self._decode(self._sources), wants, bucket_bytes=bucket_bytes)
         target = self._target(self._sources)
         sends = self._me.trainer is not None and session.origin is not None
-        compiled = compile_steps(
+        compiled = compile_waves(
             plan,
             rank,
             source=session.origin.layout.parts if sends and session.origin else {},
             target=target,
             staging=session.staging,
-            in_flight=IN_FLIGHT,
         )
+        stages = {name: _stage(last, len(plan.waves)) for name, last in compiled.last.items()}
         groups = {blob: facts[member] for member, blob in gathered.holder.items()}
         group = gathered.holder.get(rank, 0)
         return Planned(
@@ -195,7 +198,7 @@ class Turn:
             compiled=compiled,
             target=target,
             sent=Ledger(_sent(plan, compiled, rank, groups)),
-            live=Ledger(live_entries(target, compiled.whole, group) if target else []),
+            live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
             group=group,
         )
 
@@ -229,23 +232,17 @@ class Turn:
 
         group = session.join_group(self._rank, len(offer.members), offer.transfer_s)
         self._lap("group")
-        route = Broadcast(planned.compiled, group, planned.target.hooks if planned.target else {})
-        with on_side_stream(session.device):
-            try:
-                route.run(
-                    look,
-                    packed=lambda step: planned.sent.digest(step, seed) if verify else None,
-                    arrived=lambda wire: planned.live.digest(wire, seed) if verify else None,
-                    progress=moved,
-                )
-                synchronise(session.device, look)
-            finally:
-                progress.wrote |= route.wrote
-            self._lap("transfer")
-            if verify:
-                planned.sent.digest(LIVE, seed)
-                planned.live.digest(LIVE, seed)
-                self._lap("verify")
+        hooks = planned.target.hooks if planned.target else {}
+        route = Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+        try:
+            route.run(seed if verify else None, check=look, progress=moved)
+        finally:
+            progress.wrote |= route.wrote
+        self._lap("transfer")
+        if verify:
+            planned.sent.collect()
+            planned.live.collect()
+            self._lap("verify")
 
         def record(ledger: Ledger, target: Target | None) -> Record:
             return Record(
@@ -327,7 +324,7 @@ class Turn:
                 sent = session.origin.record(job) if self._me.trainer is not None and session.origin else None
                 live = session.destination.record(job) if self._me.server and session.destination else None
                 if live:
-                    live.ledger.digest(LIVE, job.seed)
+                    live.ledger.digest_live(job.seed)
                     live.sums[:] = live.ledger.sums
                 self._evidence.append(Evidence(sent=sent, live=live, modules=job.modules, live_only=True))
         except Exception as caught:
@@ -361,6 +358,7 @@ class Turn:
         if not outcome.ok and outcome.moved:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
             session.drop_group(abort=True)
+            session.lanes.drain(SLACK_S)
         if outcome.ok:
             (evidence,) = self._evidence
             for end, record in ((session.origin, evidence.sent), (session.destination, evidence.live)):
@@ -371,20 +369,28 @@ class Turn:
         return outcome
 
 
+def _stage(wave: int, waves: int) -> int:
+    """The wave after which what ``wave`` completes is digested: few digests, of which the last is short."""
+    every = -(-waves // DIGESTS)
+    return min((wave // every + 1) * every, waves) - 1
+
+
 def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]) -> list[Entry]:
     """Entries for everything that this rank sends: where it lies, or as cast in its bucket."""
     specs: dict[str, Spec] = {spec.name: spec for spec in plan.specs}
     wants = [groups[group] for group in sorted(groups)]
     entries = []
-    for index, step in enumerate(compiled.steps):
-        if step.src != rank:
-            continue
-        for i, (name, box, view) in enumerate(step.boxes):
-            stage: Stage = LIVE
-            if step.bucket is not None:
-                source = step.pack.src[i]
-                stage, view = (LIVE, source) if source.dtype == view.dtype else (index, view)
-            entries += sent_entries(name, specs[name], box, view, stage, wants)
+    for index, wave in enumerate(compiled.waves):
+        for step in wave.steps:
+            if step.src != rank:
+                continue
+            for name, box, view, origin in step.boxes:
+                assert origin is not None
+                if origin.dtype == view.dtype and origin.device == view.device:
+                    stage, view = _stage(index, len(compiled.waves)), origin
+                else:
+                    stage = index
+                entries += sent_entries(name, specs[name], box, view, stage, wants)
     return entries
 
 
