@@ -18,7 +18,7 @@ PACKAGE = "weightbus"
 
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
-    1: ("errors", "box", "spec", "facts", "plan"),
+    1: ("errors", "box", "spec", "facts", "plan", "exports", "peer_plan", "runs"),
     2: (
         "part",
         "layout",
@@ -43,6 +43,11 @@ LAYERS = {
         "group",
         "torch_group",
         "broadcast",
+        "driver",
+        "kernel_copies",
+        "ipc",
+        "sharing",
+        "peer",
         "progress",
         "disk",
     ),

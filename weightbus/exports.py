@@ -19,6 +19,9 @@ from weightbus.spec import ITEMSIZE
 # Bytes of a cudaIpcMemHandle_t, the longer of the two kinds.
 HANDLE_BYTES = 64
 
+# The one reason against peer copies that nobody needs to be told of.
+OTHER_HOST = "trainer and server ranks are on different hosts"
+
 _Count = Annotated[int, Meta(ge=0, lt=1 << 48)]
 _Name = Annotated[str, Meta(max_length=256)]
 _Reason = Annotated[str, Meta(max_length=4096)]

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from weightbus import driver
 from weightbus.errors import WeightbusError
-from weightbus.exports import Allocation, Exports, Place
+from weightbus.exports import OTHER_HOST, Allocation, Exports, Place
 from weightbus.part import Part
 from weightbus.runs import row_major
-from weightbus.torch_copy import copy_all
+from weightbus.torch_copy import Copies
 
 # Of each shared memory: the secret by which a reader knows that it has opened the right one.
 _HEADER_BYTES = mmap.PAGESIZE
@@ -161,16 +161,15 @@ class SharedExport:
         return self._file < 0
 
     def pack(self, names: Collection[str]) -> None:
-        dst, src = [], []
+        copies = Copies()
         for name in names:
             for part, place in zip(self._parts[name], self.exports.places[name], strict=True):
                 if part.tensor.numel():
-                    dst.append(
-                        view_of(self._memory, place.offset, part.tensor.dtype, part.box.sizes, place.strides)
-                    )
-                    src.append(part.tensor)
-        if dst:
-            copy_all(dst, src)
+                    copies.add(self._view(part, place), part.tensor)
+        copies.run()
+
+    def _view(self, part: Part, place: Place) -> Tensor:
+        return view_of(self._memory, place.offset, part.tensor.dtype, part.box.sizes, place.strides)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -195,27 +194,22 @@ def view_of(
     return flat.as_strided(sizes, strides)
 
 
-class Import(Protocol):
-    """One trainer rank's allocations, mapped here until ``close``."""
-
-    exports: Exports
-
-    def close(self) -> None: ...
-
-
-def import_exports(exports: Exports, device: torch.device) -> SharedImport | DeviceImport:
+def import_exports(exports: Exports, device: torch.device) -> DeviceImport | SharedImport:
     """Map them for copies to ``device``. Raises IpcError or DriverError with the reason why that can't be."""
     if exports.reason:
         raise IpcError(exports.reason)
     if exports.host != host_id():
-        raise IpcError("trainer and server ranks are on different hosts")
+        raise IpcError(OTHER_HOST)
     if (exports.device == "cpu") != (device.type == "cpu"):
         raise IpcError(f"source on {exports.device}, target on {device}")
     return DeviceImport(exports, device) if device.type == "cuda" else SharedImport(exports)
 
 
 class DeviceImport:
-    """addresses: of each allocation, as mapped for ``device``."""
+    """One trainer rank's allocations, mapped here until ``close``.
+
+    addresses: of each, in the mapping of the device that copies. near: whether they lie on that device.
+    """
 
     def __init__(self, exports: Exports, device: torch.device) -> None:
         self.exports = exports
@@ -239,7 +233,8 @@ class DeviceImport:
 
 
 class SharedImport:
-    """memory: flat uint8, read-only; to be read only."""
+    """One trainer rank's shared memory, mapped here until ``close`` and the last view: flat uint8, not to be
+    written."""
 
     def __init__(self, exports: Exports) -> None:
         self.exports = exports
@@ -248,6 +243,9 @@ class SharedImport:
     def close(self) -> None:
         # Unmapped with the last view; a plan that is dropped drops its views.
         self.memory = []
+
+
+Import = DeviceImport | SharedImport
 
 
 def _map(allocation: Allocation) -> Tensor:

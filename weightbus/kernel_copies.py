@@ -61,7 +61,7 @@ class KernelCopies:
     def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
         from weightbus.digest import cuda
 
-        self._stream_of, self._device = cuda._stream, device
+        self._stream_of, self._device = cuda.cupy_stream, device
         table, run_of_tile = copy_table(runs)
         self._tiles = len(run_of_tile)
         with torch.cuda.device(device):
@@ -84,7 +84,7 @@ def _kernel() -> Any:
 
     try:
         kernel = cupy.RawModule(
-            code=cuda._source("copy.cu"), options=("-std=c++17",), backend="nvrtc"
+            code=cuda.source_text("copy.cu"), options=("-std=c++17",), backend="nvrtc"
         ).get_function("copy_runs")
         kernel.compile()  # here, where a failure is caught, and not at the first launch
     except Exception as error:  # the compiler, its library or the driver: the driver's copies serve instead

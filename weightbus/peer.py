@@ -6,39 +6,40 @@ into another's memory. No decisions are made here: the plan is compiled to waves
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightbus.box import Box
-from weightbus.bucket import Copies, Staging, torch_dtype
+from weightbus.bucket import Staging, torch_dtype
 from weightbus.driver import EngineCopies
-from weightbus.errors import UpdateError
 from weightbus.exports import Place
 from weightbus.facts import Facts
 from weightbus.install import Hook, Target
-from weightbus.ipc import DeviceImport, SharedImport, view_of
+from weightbus.ipc import Import, SharedImport, view_of
 from weightbus.kernel_copies import KernelCopies
+from weightbus.lanes import Lanes, Mark, wait_for
 from weightbus.layout import Part
+from weightbus.ledger import Ledger
 from weightbus.peer_plan import PeerPlan, Piece
 from weightbus.runs import Run, runs_of
 from weightbus.spec import Spec
+from weightbus.torch_copy import Copies
 
-# Bytes that are queued together: enough to hide the host's work, few enough that an end is noticed soon.
+# Bytes of a wave. What has come is digested while the next waves are under way, and the last one's digest
+# is all that the proof adds to the time.
 WAVE_BYTES = 1 << 30
-# Waves that are queued at a time.
-IN_FLIGHT = 2
-# What was queued when an update ends must be done before the rank says how it stands: this long at most.
-DRAIN_S = 30.0
+
+# Tensors with hooks that are under way: one is put together while another's hook runs.
+HOOK_SLOTS = 2
 
 
 @dataclass(slots=True)
 class Wave:
-    """Copies that are started together. hook: to run when they are done; wire: the tensor that it takes."""
+    """Copies that are started together. wire: the tensor that they make whole, if its hook is to run then."""
 
     nbytes: int = 0
     host: Copies = field(default_factory=Copies)
@@ -58,19 +59,21 @@ class Wave:
             self.queued.append(EngineCopies(self.far))
         self.near, self.far = [], []
 
-    def start(self, stream: torch.cuda.Stream | None) -> None:
+    def start(self, stream: Any) -> None:
+        """On the current stream, which is ``stream``; None on the CPU."""
         self.host.run()
         for copies in self.queued:
-            assert stream is not None
             copies.start(stream)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledPeer:
-    """One server rank's waves, and for each tensor with a hook the whole tensor that the hook takes."""
+    """One server rank's waves. whole: for each tensor with a hook, the whole tensor that the hook will take.
+    last: for each tensor that is copied, the wave that brings the last of it."""
 
     waves: list[Wave]
     whole: dict[str, Tensor]
+    last: dict[str, int]
 
 
 class _Compiler:
@@ -80,12 +83,13 @@ class _Compiler:
         self,
         rank: int,
         facts: Mapping[int, Facts],
-        imports: Mapping[int, DeviceImport | SharedImport],
+        imports: Mapping[int, Import],
         own: Mapping[str, Sequence[Part]],
         wave_bytes: int,
     ) -> None:
         self.rank, self.facts, self.imports, self.own, self.wave_bytes = rank, facts, imports, own, wave_bytes
         self.waves = [Wave()]
+        self.last: dict[str, int] = {}
 
     def add(self, piece: Piece, spec: Spec, dst: Tensor, box: Box) -> None:
         """``box``, inside the piece's, to ``dst``, which has its shape."""
@@ -93,6 +97,7 @@ class _Compiler:
         if wave.nbytes >= self.wave_bytes:
             self.waves.append(wave := Wave())
         wave.nbytes += dst.nbytes
+        self.last[spec.name] = len(self.waves) - 1
         if piece.src == self.rank:
             self._add_own(wave, spec.name, dst, box)
             return
@@ -117,9 +122,7 @@ class _Compiler:
             wave.near += _runs(dst, box, src.stride(), src.data_ptr())
 
     @staticmethod
-    def _add_imported(
-        wave: Wave, opened: DeviceImport | SharedImport, place: Place, offset: int, dst: Tensor, box: Box
-    ) -> None:
+    def _add_imported(wave: Wave, opened: Import, place: Place, offset: int, dst: Tensor, box: Box) -> None:
         if isinstance(opened, SharedImport):
             memory = opened.memory[place.allocation]
             wave.host.add(dst, view_of(memory, offset, dst.dtype, box.sizes, place.strides))
@@ -140,95 +143,116 @@ def compile_peer(
     rank: int,
     *,
     facts: Mapping[int, Facts],
-    imports: Mapping[int, DeviceImport | SharedImport],
+    imports: Mapping[int, Import],
     own: Mapping[str, Sequence[Part]],
     target: Target | None,
     staging: Staging,
-    device: torch.device,
     wave_bytes: int = WAVE_BYTES,
 ) -> CompiledPeer:
-    """This rank's copies. facts: of the trainer ranks. own: the parts that this process itself sends.
+    """This rank's copies; none on a rank that only trains.
 
-    Tensors with hooks are put together in one place of the staging memory, one after the other, and of
-    those only the elements that the hook is known to take.
+    facts: of the trainer ranks. imports: their memory, mapped here. own: the parts that this process itself
+    sends. Tensors with hooks are put together in staging memory, in turns, and of each only the elements that
+    its hook is known to take.
     """
     if target is None:
-        return CompiledPeer(waves=[], whole={})
+        return CompiledPeer(waves=[], whole={}, last={})
     compiler = _Compiler(rank, facts, imports, own, wave_bytes)
-    hooked: dict[str, list[Piece]] = {wire: [] for wire in target.hooks if wire in target.specs}
-    for piece in plan.copies.get(rank, ()):
+    hooked: dict[str, list[Piece]] = {wire: [] for wire in target.hooks}
+    for piece in plan.copies[rank]:
         spec = plan.specs[piece.tensor]
         if spec.name in hooked:
             hooked[spec.name].append(piece)
             continue
         for dst, box in target.writes(spec.name, piece.box):
             compiler.add(piece, spec, dst, box)
-    arena = staging.arena(max((target.specs[wire].nbytes for wire in hooked), default=0))
-    whole: dict[str, Tensor] = {}
+    whole = _place_whole(target, staging)
     for wire, pieces in hooked.items():
         spec = target.specs[wire]
-        compiler.waves.append(Wave(wire=wire))
-        whole[wire] = arena[: spec.nbytes].view(torch_dtype(spec.dtype)).view(spec.shape)
+        compiler.waves.append(Wave())
         for piece in pieces:
             dst = whole[wire][piece.box.within(Box.whole(spec.shape))]
             compiler.add(piece, spec, dst, piece.box)
+        compiler.waves[-1].wire = wire
+        compiler.last[wire] = len(compiler.waves) - 1
     for wave in compiler.waves:
-        wave.seal(device)
-    return CompiledPeer(waves=[wave for wave in compiler.waves if wave.nbytes or wave.wire], whole=whole)
+        wave.seal(staging.device)
+    return CompiledPeer(waves=compiler.waves, whole=whole, last=compiler.last)
+
+
+def _place_whole(target: Target, staging: Staging) -> dict[str, Tensor]:
+    """For each tensor with a hook its place in staging memory, which it shares with every second other."""
+    specs = [target.specs[wire] for wire in target.hooks]
+    room = -(-max((spec.nbytes for spec in specs), default=0) // 16) * 16
+    arena = staging.arena(HOOK_SLOTS * room)
+    return {
+        spec.name: arena[i % HOOK_SLOTS * room :][: spec.nbytes].view(torch_dtype(spec.dtype)).view(spec.shape)
+        for i, spec in enumerate(specs)
+    }
 
 
 class Peer:
-    """One server rank's execution of one plan; a trainer rank has nothing to run."""
+    """One rank's execution of one plan: a server rank copies, a trainer rank digests what it has."""
 
-    def __init__(self, compiled: CompiledPeer, device: torch.device, hooks: Mapping[str, Hook]) -> None:
-        self.compiled, self.device, self.hooks = compiled, device, hooks
+    def __init__(
+        self, compiled: CompiledPeer, lanes: Lanes, hooks: Mapping[str, Hook], sent: Ledger, live: Ledger
+    ) -> None:
+        self.compiled, self.lanes, self.hooks = compiled, lanes, hooks
+        self.sent, self.live = sent, live
         self.wrote = False
 
     def run(
         self,
+        seed: bytes | None,
+        *,
         check: Callable[[], None],
-        arrived: Callable[[str], None],
         progress: Callable[[int], None],
+        after: Mark = None,
+        pause_s: float = 0.0,
     ) -> None:
-        """Copy and install everything; on CUDA on the current stream.
+        """Copy and install everything; returns once it is in place. Arguments as of ``Broadcast.run``.
 
-        Whatever happens, nothing that was queued here is still running when it returns or raises.
-        check: raises once the update has ended elsewhere. arrived: a tensor with a hook is whole, and its
-        hook runs next. progress: told the bytes of each finished wave.
+        The sources are complete: their ranks have waited for that before they said that they were ready.
         """
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        pending: deque[tuple[torch.cuda.Event | None, int]] = deque()
+        lanes = self.lanes
+        lanes.begin(after)
         try:
-            for wave in self.compiled.waves:
-                if len(pending) >= IN_FLIGHT:
-                    _wait(pending, check, progress)
+            if seed:
+                with lanes.digest:
+                    self.sent.launch(0, seed)
+            ended: list[Mark] = []
+            hooked: list[Mark] = []
+            for index, wave in enumerate(self.compiled.waves):
                 check()
+                if len(hooked) >= HOOK_SLOTS:
+                    lanes.send.after(hooked[-HOOK_SLOTS])
                 self.wrote = True
-                wave.start(stream)
+                with lanes.send:
+                    wave.start(lanes.send.stream)
+                ended.append(lanes.send.mark())
                 if wave.wire:
-                    arrived(wave.wire)
-                    self.hooks[wave.wire].run(self.compiled.whole[wave.wire])
-                pending.append((stream.record_event() if stream else None, wave.nbytes))
-            while pending:
-                _wait(pending, check, progress)
+                    lanes.install.after(ended[index])
+                    with lanes.install:
+                        self._install(wave.wire, seed)
+                    ended[index] = lanes.install.mark()
+                    hooked.append(ended[index])
+                if seed:
+                    with lanes.digest:
+                        lanes.digest.after(ended[index])
+                        self.live.launch(index, seed)
+                if not lanes.overlap:
+                    progress(wave.nbytes)
+            if seed:
+                self.sent.prepare(seed)
+                self.live.prepare(seed)
+            if lanes.overlap:
+                for wave, mark in zip(self.compiled.waves, ended, strict=True):
+                    wait_for(mark, check, pause_s=pause_s)
+                    progress(wave.nbytes)
         finally:
-            _drain(stream)
+            lanes.end()
 
-
-def _wait(
-    pending: deque[tuple[torch.cuda.Event | None, int]],
-    check: Callable[[], None],
-    progress: Callable[[int], None],
-) -> None:
-    event, nbytes = pending.popleft()
-    while event is not None and not event.query():
-        check()
-    progress(nbytes)
-
-
-def _drain(stream: torch.cuda.Stream | None) -> None:
-    """Wait until all that was queued on ``stream`` is done. Raises UpdateError if that takes too long."""
-    deadline = time.monotonic() + DRAIN_S
-    while stream is not None and not stream.query():
-        if time.monotonic() > deadline:
-            raise UpdateError(f"peer copies: expected them to end within {DRAIN_S:.0f} s")
+    def _install(self, name: str, seed: bytes | None) -> None:
+        if seed:
+            self.live.launch(name, seed)
+        self.hooks[name].run(self.compiled.whole[name])

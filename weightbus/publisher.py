@@ -27,6 +27,8 @@ CUDA_BUCKET_BYTES = 256 << 20
 CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
 
+ROUTES = ("auto", "peer", "broadcast")
+
 
 class Publisher:
     """One trainer rank's publisher; every trainer rank makes one, rank 0 starts the hub.
@@ -37,10 +39,13 @@ class Publisher:
     min_replicas: an update waits until so many replicas of the server job are complete.
     bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; ``bucket_bytes`` is also
         how much is sent together. By default 64 MiB on the CPU, 256 MiB on CUDA.
+    route: ``auto`` takes ``peer`` (server ranks copy out of this rank's GPU memory, docs/peer.md) where all
+        ranks share a host and nothing has to be cast, else ``broadcast``; both can be asked for.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
     dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
-    progress: called with (done, total) bytes; by default a bar on rank 0's terminal.
+    progress: called with (done, total) bytes as this rank moves them, which by the route ``peer`` it does
+        not; by default a bar on rank 0's terminal.
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
 
@@ -54,6 +59,7 @@ class Publisher:
         min_replicas: int = 1,
         bucket_bytes: int | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
+        route: str = "auto",
         connect_timeout_s: float = 60.0,
         join_timeout_s: float = 300.0,
         ready_timeout_s: float = 120.0,
@@ -63,6 +69,8 @@ class Publisher:
     ) -> None:
         if min_replicas < 1:
             raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
+        if route not in ROUTES:
+            raise SpecError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
         self._origin = Origin(source)
         device = self._origin.layout.device
         if bucket_bytes is None:
@@ -72,7 +80,7 @@ class Publisher:
                 f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
             )
         self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
-        self._min_replicas, self._bucket_bytes = min_replicas, bucket_bytes
+        self._min_replicas, self._settings = min_replicas, f"{bucket_bytes} {route}"
         self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
         self._progress = progress
         self.version: int | None = None
@@ -130,6 +138,8 @@ class Publisher:
             servers=outcome.servers,
             replicas=tuple(outcome.replicas),
             arrived=outcome.arrived,
+            route=progress.choice.route if progress.choice else "",
+            route_reason=progress.choice.reason if progress.choice else "",
         )
         if self.rank == 0:
             log.info("%s", report)
@@ -178,7 +188,7 @@ class Publisher:
             modules=None if modules is None else list(modules),
             verify=verify,
             facts=facts,
-            settings=str(self._bucket_bytes),
+            settings=self._settings,
             min_replicas=self._min_replicas,
             join_s=join_s,
             ready_s=ready_s,

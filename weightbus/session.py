@@ -66,6 +66,7 @@ class Session:
             self.link.leave(role)
         finally:
             if last:
+                self.forget_plans()
                 self.drop_group(abort=False)
                 self.link.close()
 
@@ -79,6 +80,12 @@ class Session:
     def follow(self, offer: m.Offer | None, progress: Progress, wait_s: float = SLACK_S) -> m.Outcome:
         """From the offer to the outcome. Raises HubError if the hub is lost."""
         turn = Turn(self, progress)
+        try:
+            return self._follow(turn, offer, wait_s)
+        finally:
+            turn.close()
+
+    def _follow(self, turn: Turn, offer: m.Offer | None, wait_s: float) -> m.Outcome:
         if offer is not None:
             turn.offered(offer)
         while True:
@@ -112,17 +119,24 @@ class Session:
             raise ProtocolError(f"epoch: expected {self._epoch} or newer, got {epoch}")
         if epoch > self._epoch:
             self.drop_group(abort=True)
-            self._plans.clear()
+            self.forget_plans()
             self._epoch = epoch
 
     def plan(self, token: str) -> Planned | None:
         return self._plans.get(token)
 
     def keep_plan(self, token: str, planned: Planned) -> None:
+        self.forget_plan(token)
         self._plans[token] = planned
 
+    def forget_plan(self, token: str) -> None:
+        if (planned := self._plans.pop(token, None)) is not None:
+            planned.sharing.close()
+
     def forget_plans(self) -> None:
-        self._plans.clear()
+        """Drop all plans, and the memory of other processes that is mapped for them."""
+        for token in list(self._plans):
+            self.forget_plan(token)
 
     def join_group(self, rank: int, size: int, timeout_s: float) -> Group:
         if self._group is None:

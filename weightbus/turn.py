@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 from weightbus import messages as m
 from weightbus.broadcast import Broadcast
 from weightbus.bucket import Compiled, compile_waves
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
+from weightbus.exports import OTHER_HOST, Choice, Exports, choose_route, decode_exports, decode_reach
 from weightbus.facts import Facts, decode_facts, encode_facts
 from weightbus.install import Target
+from weightbus.layout import Part
 from weightbus.ledger import Entry, Ledger, Record, live_entries, sent_entries
+from weightbus.peer import CompiledPeer, Peer, compile_peer
+from weightbus.peer_plan import PeerPlan, plan_peer, why_cast
 from weightbus.plan import Plan, Want, merge_sources, plan_broadcast
+from weightbus.sharing import Sharing
 from weightbus.spec import Spec
 
 if TYPE_CHECKING:
     from weightbus.session import Session
+
+log = logging.getLogger("weightbus")
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
@@ -42,8 +51,10 @@ class Ended(WeightbusError):
 class Planned:
     """A plan, compiled for this rank, with what it digests. group: this server rank's."""
 
-    plan: Plan
-    compiled: Compiled
+    choice: Choice
+    sharing: Sharing
+    plan: Plan | PeerPlan
+    compiled: Compiled | CompiledPeer
     target: Target | None
     sent: Ledger
     live: Ledger
@@ -60,6 +71,7 @@ class Progress:
     nbytes: int = 0
     moved: int = 0
     wrote: bool = False
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +93,14 @@ class Turn:
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
+        self._sharing: Sharing | None = None
         self._begun = time.monotonic()
+
+    def close(self) -> None:
+        """Give back what was mapped for a plan that was not made."""
+        sharing, self._sharing = self._sharing, None
+        if sharing is not None:
+            sharing.close()
 
     @property
     def _offer(self) -> m.Offer:
@@ -107,8 +126,15 @@ class Turn:
         peer = self.session.link.peer
         self.session.link.send(m.Refuse(peer=peer, update=self._offer.update, reason=explain(error)))
 
-    def _ready(self, planned: Planned | None) -> None:
-        """Ready with this plan; without one, facts must be exchanged again."""
+    def _ready(self) -> None:
+        """Ready with the offer's plan; without one that still holds, facts must be exchanged again."""
+        planned = self.session.plan(self._offer.plan)
+        try:
+            if planned is not None and not planned.sharing.ready(self._offer.ready_s):
+                self.session.forget_plan(self._offer.plan)
+                planned = None
+        except Exception as error:
+            return self._refuse(error)
         self.session.link.send(
             m.Ready(
                 peer=self.session.link.peer,
@@ -117,6 +143,7 @@ class Turn:
                 stale=planned is None,
             )
         )
+        return None
 
     # -- offer and plan ----------------------------------------------------------------------------
 
@@ -136,26 +163,45 @@ class Turn:
             except Exception as error:
                 return self._refuse(error)
         if offer.planned:
-            self._ready(session.plan(offer.plan))
-        elif self._me.trainer is not None and session.origin:
+            return self._ready()
+        self.close()
+        self._sharing = Sharing(session.device, self._settings[1])
+        if self._me.trainer is not None and session.origin:
             blob = session.origin.blob(offer.modules)
-            session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
+            memory = self._sharing.export(session.origin.layout.select(offer.modules).parts)
+            session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob, memory=memory))
         return None
+
+    @property
+    def _settings(self) -> tuple[int, str]:
+        """Bytes of a bucket, and the route that is asked for."""
+        bucket_bytes, _, asked = self._offer.settings.partition(" ")
+        return int(bucket_bytes), asked or "auto"
 
     def gathered(self, gathered: m.Gathered) -> None:
         session = self.session
         try:
             if gathered.of == "wants":
-                planned = self._plan(gathered)
-                session.keep_plan(self._offer.plan, planned)
-                self._ready(planned)
-                return
+                session.keep_plan(self._offer.plan, self._plan(gathered))
+                return self._ready()
             self._sources = gathered
-            if (target := self._target(gathered)) is not None:
+            if (target := self._target(gathered)) is not None and self._sharing:
                 blob = encode_facts(target.facts())
-                session.link.send(m.Facts(peer=session.link.peer, update=self._offer.update, blob=blob))
+                memory = self._sharing.reach(self._exports(), self._rank)
+                session.link.send(
+                    m.Facts(peer=session.link.peer, update=self._offer.update, blob=blob, memory=memory)
+                )
         except Exception as error:
-            self._refuse(error)
+            return self._refuse(error)
+        return None
+
+    def _exports(self) -> dict[int, Exports]:
+        assert self._sources is not None, "the sources come first"
+        facts, members = self._decode(self._sources), self._offer.members
+        return {
+            rank: decode_exports(blob, facts[rank], str(members[rank]))
+            for rank, blob in self._sources.memory.items()
+        }
 
     def _decode(self, gathered: m.Gathered) -> dict[int, Facts]:
         """Each group rank's facts; equal ones are decoded once."""
@@ -170,37 +216,96 @@ class Turn:
 
     def _plan(self, gathered: m.Gathered) -> Planned:
         """The plan, alike on all ranks, and this rank's compiled part of it."""
-        session, members, rank = self.session, self._offer.members, self._rank
-        if self._sources is None:
+        members, rank = self._offer.members, self._rank
+        sharing, self._sharing = self._sharing, None
+        if self._sources is None or sharing is None:
             raise ProtocolError("wants: expected the sources first")
-        facts = self._decode(gathered)
-        wants = [
-            Want(replica=server.replica, rank=server.rank, facts=facts[member])
-            for member in facts
-            if (server := members[member].server) is not None
-        ]
-        bucket_bytes = int(self._offer.settings)
-        plan = plan_broadcast(self._decode(self._sources), wants, bucket_bytes=bucket_bytes)
+        try:
+            sources, facts = self._decode(self._sources), self._decode(gathered)
+            wants = {
+                member: Want(replica=server.replica, rank=server.rank, facts=facts[member])
+                for member in facts
+                if (server := members[member].server) is not None
+            }
+            reaches = [decode_reach(blob, str(members[r])) for r, blob in gathered.memory.items()]
+            cast = why_cast(sources, list(wants.values()))
+            choice = choose_route(self._settings[1], self._exports(), reaches, cast)
+            groups = {blob: facts[member] for member, blob in gathered.holder.items()}
+            make = self._plan_peer if choice.route == "peer" else self._plan_broadcast
+            return make(choice, sharing, sources, wants, groups, gathered.holder.get(rank, 0))
+        except BaseException:
+            sharing.close()
+            raise
+
+    def _plan_broadcast(
+        self,
+        choice: Choice,
+        sharing: Sharing,
+        sources: Mapping[int, Facts],
+        wants: Mapping[int, Want],
+        groups: Mapping[int, Facts],
+        group: int,
+    ) -> Planned:
+        sharing.close()
+        if choice.reason not in (OTHER_HOST, "asked for") and self.session.device.type == "cuda":
+            _say_once(choice.reason)
+        assert self._sources is not None
+        plan = plan_broadcast(sources, list(wants.values()), bucket_bytes=self._settings[0])
         target = self._target(self._sources)
-        sends = self._me.trainer is not None and session.origin is not None
         compiled = compile_waves(
-            plan,
-            rank,
-            source=session.origin.layout.parts if sends and session.origin else {},
-            target=target,
-            staging=session.staging,
+            plan, self._rank, source=self._own, target=target, staging=self.session.staging
         )
         stages = {name: _stage(last, len(plan.waves)) for name, last in compiled.last.items()}
-        groups = {blob: facts[member] for member, blob in gathered.holder.items()}
-        group = gathered.holder.get(rank, 0)
         return Planned(
+            choice=choice,
+            sharing=sharing,
             plan=plan,
             compiled=compiled,
             target=target,
-            sent=Ledger(_sent(plan, compiled, rank, groups)),
+            sent=Ledger(_sent(plan, compiled, self._rank, groups)),
             live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
             group=group,
         )
+
+    def _plan_peer(
+        self,
+        choice: Choice,
+        sharing: Sharing,
+        sources: Mapping[int, Facts],
+        wants: Mapping[int, Want],
+        groups: Mapping[int, Facts],
+        group: int,
+    ) -> Planned:
+        assert self._sources is not None
+        plan = plan_peer(sources, wants)
+        sharing.follow(plan, self._rank)
+        target = self._target(self._sources)
+        compiled = compile_peer(
+            plan,
+            self._rank,
+            facts=sources,
+            imports=sharing.imports,
+            own=self._own,
+            target=target,
+            staging=self.session.staging,
+        )
+        stages = {name: _stage(last, len(compiled.waves)) for name, last in compiled.last.items()}
+        return Planned(
+            choice=choice,
+            sharing=sharing,
+            plan=plan,
+            compiled=compiled,
+            target=target,
+            sent=Ledger(_owned(plan, self._own, self._rank, groups)),
+            live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
+            group=group,
+        )
+
+    @property
+    def _own(self) -> Mapping[str, Sequence[Part]]:
+        """The parts that this rank sends."""
+        sends = self._me.trainer is not None and self.session.origin is not None
+        return self.session.origin.layout.parts if sends and self.session.origin else {}
 
     # -- transfer and verification -----------------------------------------------------------------
 
@@ -220,9 +325,10 @@ class Turn:
         return None
 
     def _transfer(self, planned: Planned, seed: bytes) -> None:
-        session, progress, offer = self.session, self.progress, self._offer
+        progress, offer = self.progress, self._offer
         verify = offer.verify
         progress.tensors, progress.nbytes = len(planned.plan.specs), planned.plan.nbytes
+        progress.choice = planned.choice
         look = self._look(time.monotonic() + offer.transfer_s)
 
         def moved(nbytes: int) -> None:
@@ -230,10 +336,7 @@ class Turn:
             if progress.report:
                 progress.report(progress.moved, progress.nbytes)
 
-        group = session.join_group(self._rank, len(offer.members), offer.transfer_s)
-        self._lap("group")
-        hooks = planned.target.hooks if planned.target else {}
-        route = Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+        route = self._route(planned)
         try:
             route.run(seed if verify else None, check=look, progress=moved)
         finally:
@@ -261,6 +364,14 @@ class Turn:
                 live=record(planned.live, planned.target) if self._me.server else None,
             )
         ]
+
+    def _route(self, planned: Planned) -> Broadcast | Peer:
+        session, hooks = self.session, planned.target.hooks if planned.target else {}
+        if isinstance(planned.compiled, CompiledPeer):
+            return Peer(planned.compiled, session.lanes, hooks, planned.sent, planned.live)
+        group = session.join_group(self._rank, len(self._offer.members), self._offer.transfer_s)
+        self._lap("group")
+        return Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
 
     def _look(self, deadline: float) -> Callable[[], None]:
         """A function to call while waiting: raises once the hub has ended the update, or too late."""
@@ -359,6 +470,8 @@ class Turn:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
             session.drop_group(abort=True)
             session.lanes.drain(SLACK_S)
+            # The epoch is over: the plans' memory may be that of a rank that has died.
+            session.forget_plans()
         if outcome.ok:
             (evidence,) = self._evidence
             for end, record in ((session.origin, evidence.sent), (session.destination, evidence.live)):
@@ -392,6 +505,25 @@ def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]
                     stage = index
                 entries += sent_entries(name, specs[name], box, view, stage, wants)
     return entries
+
+
+def _owned(
+    plan: PeerPlan, own: Mapping[str, Sequence[Part]], rank: int, groups: Mapping[int, Facts]
+) -> list[Entry]:
+    """Entries for everything that this rank answers for, where it lies."""
+    wants = [groups[group] for group in sorted(groups)]
+    entries = []
+    for piece in plan.owned:
+        if piece.src == rank:
+            spec = plan.specs[piece.tensor]
+            part = next(part for part in own[spec.name] if part.box == piece.box)
+            entries += sent_entries(spec.name, spec, piece.box, part.tensor, 0, wants)
+    return entries
+
+
+@cache
+def _say_once(reason: str) -> None:
+    log.warning("no peer copies, NCCL serves: %s", reason)
 
 
 def explain(error: Exception) -> str:

@@ -56,7 +56,7 @@ class CudaSums:
             stream = torch.cuda.current_stream() if stream is None else stream
             self._done.synchronize()  # until its end, an earlier launch that nobody waited for reads its keys
             self._keys_host[:] = axis_keys(seed, self._axes)
-            with _stream(stream.cuda_stream, self._device.index):
+            with cupy_stream(stream.cuda_stream, self._device.index):
                 for kernel, threads, arguments in self._launches:
                     kernel((-(-threads // _BLOCK),), (_BLOCK,), arguments)
             self._done.record(stream)
@@ -100,7 +100,7 @@ def _tiling(total: int, device: torch.device) -> Tiling:
 def _kernels(options: tuple[str, ...] = ()) -> tuple[Any, Any, Any]:
     # One source, so that CuPy's cache key, which does not see included files, changes with the header.
     try:
-        code = _source("grid61.cu").replace('#include "grid61.h"', _source("grid61.h"))
+        code = source_text("grid61.cu").replace('#include "grid61.h"', source_text("grid61.h"))
         module = cupy.RawModule(code=code, options=("-std=c++17", *options), backend="nvrtc")
         prepare, sums, finish = map(module.get_function, ("grid61_prepare", "grid61_sums", "grid61_finish"))
         for kernel in (prepare, sums, finish):
@@ -110,7 +110,7 @@ def _kernels(options: tuple[str, ...] = ()) -> tuple[Any, Any, Any]:
         raise ImportError(f"grid61.cu can't be compiled: {error}") from error
 
 
-def _source(name: str) -> str:
+def source_text(name: str) -> str:
     """A file of csrc/: in a wheel it lies beside this package, in a checkout one folder up."""
     packaged, checkout = (folder / "csrc" / name for folder in Path(__file__).parents[1:3])
     return (packaged if packaged.exists() else checkout).read_text()
@@ -127,7 +127,7 @@ class _CudaStream:
 
 
 @cache  # for good: CuPy destroys the stream of an object that it sees collected
-def _stream(handle: int, device: int) -> Any:
+def cupy_stream(handle: int, device: int) -> Any:
     """CuPy's object for a stream that torch owns on the current device; before CuPy 14 under its old name.
 
     device: its index. The default stream's handle is 0 on each device, and CuPy binds an object to one.
