@@ -26,6 +26,7 @@ LAYERS = {
         "torch_module",
         "torch_copy",
         "lanes",
+        "frozen",
         "bucket",
         "trace",
         "torch_trace",

@@ -12,12 +12,16 @@ from weightbus.broadcast import Broadcast
 from weightbus.bucket import Compiled, compile_waves
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
 from weightbus.facts import Facts, decode_facts, encode_facts
+from weightbus.frozen import Frozen
 from weightbus.install import Target
+from weightbus.lanes import Mark
+from weightbus.layout import Part
 from weightbus.ledger import Entry, Ledger, Record, live_entries, sent_entries
 from weightbus.plan import Plan, Want, merge_sources, plan_broadcast
 from weightbus.spec import Spec
 
 if TYPE_CHECKING:
+    from weightbus.ends import Origin
     from weightbus.session import Session
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
@@ -25,6 +29,9 @@ SLACK_S = 30.0
 
 # In how many pieces what lies in place is digested, while other waves are under way.
 DIGESTS = 16
+
+# An update in the background looks this often whether bytes have moved, and leaves the interpreter alone.
+BACKGROUND_PAUSE_S = 0.0005
 
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
@@ -72,11 +79,19 @@ class Evidence:
     live_only: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a trainer rank sends instead of its live source. filled: reached once it is complete."""
+
+    frozen: Frozen
+    filled: Mark
+
+
 class Turn:
     """State of this rank from the offer to the outcome."""
 
-    def __init__(self, session: Session, progress: Progress) -> None:
-        self.session, self.progress = session, progress
+    def __init__(self, session: Session, progress: Progress, snapshot: Snapshot | None) -> None:
+        self.session, self.progress, self.snapshot = session, progress, snapshot
         self.offer: m.Offer | None = None
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
@@ -97,6 +112,13 @@ class Turn:
     @property
     def _me(self) -> m.Member:
         return self._offer.members[self._rank]
+
+    @property
+    def _planned(self) -> Planned | None:
+        return self.session.plan(self._offer.plan, frozen=self.snapshot is not None)
+
+    def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
+        return self.snapshot.frozen.parts if self.snapshot else origin.layout.parts
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
@@ -136,9 +158,9 @@ class Turn:
             except Exception as error:
                 return self._refuse(error)
         if offer.planned:
-            self._ready(session.plan(offer.plan))
+            self._ready(self._planned)
         elif self._me.trainer is not None and session.origin:
-            blob = session.origin.blob(offer.modules)
+            blob, _ = session.origin.facts(offer.modules)
             session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
         return None
 
@@ -147,7 +169,7 @@ class Turn:
         try:
             if gathered.of == "wants":
                 planned = self._plan(gathered)
-                session.keep_plan(self._offer.plan, planned)
+                session.keep_plan(self._offer.plan, planned, frozen=self.snapshot is not None)
                 self._ready(planned)
                 return
             self._sources = gathered
@@ -186,7 +208,7 @@ class Turn:
         compiled = compile_waves(
             plan,
             rank,
-            source=session.origin.layout.parts if sends and session.origin else {},
+            source=self._parts(session.origin) if sends and session.origin else {},
             target=target,
             staging=session.staging,
         )
@@ -207,7 +229,7 @@ class Turn:
     def go(self, go: m.Go) -> m.Outcome | None:
         """Run the plan and answer; the outcome, if the hub has ended the update meanwhile."""
         self._lap("ready")
-        planned = self.session.plan(self._offer.plan)
+        planned = self._planned
         error = ""
         try:
             assert planned is not None, "ready was answered with this plan"
@@ -235,7 +257,13 @@ class Turn:
         hooks = planned.target.hooks if planned.target else {}
         route = Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
         try:
-            route.run(seed if verify else None, check=look, progress=moved)
+            route.run(
+                seed if verify else None,
+                check=look,
+                progress=moved,
+                after=self.snapshot.filled if self.snapshot else None,
+                pause_s=BACKGROUND_PAUSE_S if self.snapshot else 0.0,
+            )
         finally:
             progress.wrote |= route.wrote
         self._lap("transfer")
