@@ -26,6 +26,7 @@ LAYERS = {
         "torch_module",
         "torch_copy",
         "lanes",
+        "frozen",
         "bucket",
         "trace",
         "torch_trace",
@@ -51,7 +52,7 @@ LAYERS = {
         "progress",
         "disk",
     ),
-    4: ("report", "ends", "turn", "session", "publisher", "subscriber"),
+    4: ("report", "ends", "planned", "turn", "session", "publisher", "subscriber"),
     5: ("cli", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

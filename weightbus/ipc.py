@@ -75,6 +75,8 @@ def export_parts(parts: Parts, device: torch.device) -> Export:
     """Raises IpcError or DriverError with the reason why other processes can't read the parts."""
     for name, held in parts.items():
         for part in held:
+            if part.tensor.device != device:
+                raise IpcError(f"{name}: expected memory on {device}, got {part.tensor.device}")
             if not row_major(part.tensor.stride(), part.box.sizes):
                 raise IpcError(
                     f"{name}: expected rows of adjacent elements, got strides {part.tensor.stride()}"

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from types import TracebackType
+from typing import Literal, overload
 
 from weightbus import messages as m
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
+from weightbus.frozen import Where
 from weightbus.hub import DEAD_AFTER_S
 from weightbus.layout import Source, rank_and_size
+from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Verdict
 from weightbus.session import Session
-from weightbus.turn import Progress
+from weightbus.turn import Progress, Snapshot
 
 log = logging.getLogger("weightbus")
 
@@ -26,8 +31,6 @@ DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 CUDA_BUCKET_BYTES = 256 << 20
 CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
-
-ROUTES = ("auto", "peer", "broadcast")
 
 
 class Publisher:
@@ -46,6 +49,8 @@ class Publisher:
     dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
     progress: called with (done, total) bytes as this rank moves them, which by the route ``peer`` it does
         not; by default a bar on rank 0's terminal.
+    snapshot: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
+        ``host`` for pinned memory.
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
 
@@ -59,13 +64,14 @@ class Publisher:
         min_replicas: int = 1,
         bucket_bytes: int | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
-        route: str = "auto",
+        route: Literal["auto", "peer", "broadcast"] = "auto",
         connect_timeout_s: float = 60.0,
         join_timeout_s: float = 300.0,
         ready_timeout_s: float = 120.0,
         transfer_timeout_s: float = 300.0,
         dead_after_s: float = DEAD_AFTER_S,
         progress: Callable[[int, int], None] | None = None,
+        snapshot: Where = "device",
     ) -> None:
         if min_replicas < 1:
             raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
@@ -75,14 +81,18 @@ class Publisher:
         device = self._origin.layout.device
         if bucket_bytes is None:
             bucket_bytes = CUDA_BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
+        if snapshot not in ("device", "host"):
+            raise SpecError(f"snapshot: expected 'device' or 'host', got {snapshot!r}")
         if bucket_bytes < 1 << 10 or num_buckets < 1:
             raise SpecError(
                 f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
             )
         self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
-        self._min_replicas, self._settings = min_replicas, f"{bucket_bytes} {route}"
+        self._min_replicas, self._bucket_bytes, self._route = min_replicas, bucket_bytes, route
         self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
-        self._progress = progress
+        self._progress, self._snapshot = progress, snapshot
+        self._background: ThreadPoolExecutor | None = None
+        self._pending: Future[Report] | None = None
         self.version: int | None = None
         self._closed = False
         self._session = Session.open(address, device, num_buckets)
@@ -101,23 +111,70 @@ class Publisher:
             raise
         self._session.origin = self._origin
 
-    def update(self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None) -> Report:
+    @overload
+    def update(
+        self,
+        version: int,
+        *,
+        verify: bool = True,
+        modules: Sequence[str] | None = None,
+        wait: Literal[True] = True,
+    ) -> Report: ...
+
+    @overload
+    def update(
+        self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: Literal[False]
+    ) -> Future[Report]: ...
+
+    def update(
+        self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: bool = True
+    ) -> Report | Future[Report]:
         """Send the source's tensors to all complete replicas; returns once they are committed.
 
         Collective over trainer ranks, with equal arguments. The source must not change until it returns.
         version: an integer above the last one committed. modules: names of a mapping source's modules;
         all by default. verify: digest both ends, and commit only if all sums match.
+        wait: if False, the source is copied (see ``snapshot``) in the order of the current stream, and may
+        change at once; the returned future has the report, or raises. Calls that follow wait for it first.
         Raises UpdateError if nothing was written (the text names each rank and reason), TornError if
         server ranks were left with a mixture, HubError if the hub is lost.
         """
         begun = time.monotonic()
-        bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
-        progress = Progress(report=self._progress or bar)
-        try:
-            outcome = self._session.call(self._enter("update", version, modules, verify), progress)
-        finally:
-            if bar:
-                bar.close()
+        self._settle()
+        enter = self._enter("update", version, modules, verify, frozen=not wait)
+        if wait:
+            bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
+            try:
+                return self._send(enter, begun, self._progress or bar, None)
+            finally:
+                if bar:
+                    bar.close()
+        if self._session.destination is not None:
+            raise UpdateError("wait: expected True, got False: this process serves the weights that it updates")
+        snapshot = None
+        if not enter.refusal:
+            frozen = self._origin.frozen(self._snapshot)
+            snapshot = Snapshot(frozen=frozen, filled=frozen.fill(modules))
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, "weightbus-update")
+        self._pending = self._background.submit(self._send, enter, begun, self._progress, snapshot)
+        return self._pending
+
+    def _settle(self) -> None:
+        """Wait for the update in the background; what became of it is its future's to say."""
+        if self._pending is not None:
+            wait_for_futures([self._pending])
+            self._pending = None
+
+    def _send(
+        self,
+        enter: m.Enter,
+        begun: float,
+        on_progress: Callable[[int, int], None] | None,
+        snapshot: Snapshot | None,
+    ) -> Report:
+        progress, version = Progress(report=on_progress), enter.version
+        outcome = self._session.call(enter, progress, snapshot)
         seconds = time.monotonic() - begun
         if not outcome.ok:
             reasons = "\n  ".join(["", *map(str, outcome.failures)])
@@ -151,6 +208,7 @@ class Publisher:
         Collective over trainer ranks. The source may have moved on: its sums were kept at the commit.
         Raises UpdateError if no verified update has been committed, or if a rank could not answer.
         """
+        self._settle()
         if not self._origin.jobs():
             raise UpdateError("check: expected a version committed by update(verify=True), got none")
         begun = time.monotonic()
@@ -171,16 +229,25 @@ class Publisher:
             seconds=time.monotonic() - begun,
         )
 
-    def _enter(self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool) -> m.Enter:
+    def _enter(
+        self,
+        kind: m.Kind,
+        version: int,
+        modules: Sequence[str] | None,
+        verify: bool,
+        *,
+        frozen: bool = False,
+    ) -> m.Enter:
         facts = refusal = ""
         try:
             if self._origin.refresh():
                 self._session.forget_plans()
-            facts = self._origin.facts_id(modules)
+            _, facts = self._origin.facts(modules)
         except WeightbusError as error:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
             refusal = str(error)
         join_s, ready_s, transfer_s = self._timeouts
+        settings = Settings(bucket_bytes=self._bucket_bytes, route=self._route, frozen=frozen)
         return m.Enter(
             peer=self._session.link.peer,
             kind=kind,
@@ -188,7 +255,7 @@ class Publisher:
             modules=None if modules is None else list(modules),
             verify=verify,
             facts=facts,
-            settings=self._settings,
+            settings=str(settings),
             min_replicas=self._min_replicas,
             join_s=join_s,
             ready_s=ready_s,
@@ -198,9 +265,15 @@ class Publisher:
         )
 
     def close(self) -> None:
-        """Leave the hub. When the last trainer rank has left, the servers' ``serve`` returns."""
+        """Leave the hub, once an update in the background has ended.
+
+        When the last trainer rank has left, the servers' ``serve`` returns.
+        """
         if not self._closed:
             self._closed = True
+            self._settle()
+            if self._background is not None:
+                self._background.shutdown()
             self._session.close("trainer")
 
     def __enter__(self) -> Publisher:

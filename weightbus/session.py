@@ -18,7 +18,8 @@ from weightbus.errors import HubError, ProtocolError, SpecError
 from weightbus.group import Group
 from weightbus.lanes import Lanes
 from weightbus.link import Link
-from weightbus.turn import SLACK_S, Planned, Progress, Turn
+from weightbus.planned import Planned
+from weightbus.turn import SLACK_S, Progress, Snapshot, Turn
 
 
 class Session:
@@ -72,14 +73,23 @@ class Session:
 
     # -- following the hub -------------------------------------------------------------------------
 
-    def call(self, enter: m.Enter, progress: Progress) -> m.Outcome:
-        """Trainer ranks: enter an update or a check and follow it to its outcome."""
-        self.link.send(enter)
-        return self.follow(None, progress, enter.join_s + SLACK_S)
+    def call(self, enter: m.Enter, progress: Progress, snapshot: Snapshot | None = None) -> m.Outcome:
+        """Trainer ranks: enter an update or a check and follow it to its outcome.
 
-    def follow(self, offer: m.Offer | None, progress: Progress, wait_s: float = SLACK_S) -> m.Outcome:
+        snapshot: what is sent, instead of the live source.
+        """
+        self.link.send(enter)
+        return self.follow(None, progress, enter.join_s + SLACK_S, snapshot)
+
+    def follow(
+        self,
+        offer: m.Offer | None,
+        progress: Progress,
+        wait_s: float = SLACK_S,
+        snapshot: Snapshot | None = None,
+    ) -> m.Outcome:
         """From the offer to the outcome. Raises HubError if the hub is lost."""
-        turn = Turn(self, progress)
+        turn = Turn(self, progress, snapshot)
         try:
             return self._follow(turn, offer, wait_s)
         finally:

@@ -10,7 +10,7 @@ import torch
 from weightbus.errors import UpdateError, WeightbusError
 from weightbus.exports import Exports, Reach, encode_exports
 from weightbus.ipc import Export, Import, Parts, export_parts, import_exports
-from weightbus.lanes import wait_for
+from weightbus.lanes import Mark, wait_for
 from weightbus.peer_plan import PeerPlan
 
 
@@ -60,9 +60,10 @@ class Sharing:
             if piece.src == rank and reader != rank
         )
 
-    def ready(self, timeout_s: float) -> bool:
+    def ready(self, timeout_s: float, filled: Mark) -> bool:
         """Make what others are about to read complete; False where they would read what is no longer there.
 
+        filled: when it is, if that is known; else once the current stream has done what it was given.
         Raises UpdateError if the source's own stream takes longer.
         """
         if self._export is None:
@@ -77,7 +78,9 @@ class Sharing:
                 if time.monotonic() > deadline:
                     raise UpdateError(f"source: expected its stream to be done within {timeout_s:.0f} s")
 
-            wait_for(torch.cuda.current_stream(self.device).record_event(), check)
+            if filled is None:
+                filled = torch.cuda.current_stream(self.device).record_event()
+            wait_for(filled, check)
         return True
 
     def close(self) -> None:

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING
 
 from weightbus import messages as m
 from weightbus.broadcast import Broadcast
-from weightbus.bucket import Compiled, compile_waves
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
-from weightbus.exports import OTHER_HOST, Choice, Exports, choose_route, decode_exports, decode_reach
+from weightbus.exports import Choice, Exports, decode_exports, decode_reach
 from weightbus.facts import Facts, decode_facts, encode_facts
+from weightbus.frozen import Frozen
 from weightbus.install import Target
+from weightbus.lanes import Mark
 from weightbus.layout import Part
-from weightbus.ledger import Entry, Ledger, Record, live_entries, sent_entries
-from weightbus.peer import CompiledPeer, Peer, compile_peer
-from weightbus.peer_plan import PeerPlan, plan_peer, why_cast
-from weightbus.plan import Plan, Want, merge_sources, plan_broadcast
+from weightbus.ledger import Ledger, Record
+from weightbus.peer import CompiledPeer, Peer
+from weightbus.plan import Want, merge_sources
+from weightbus.planned import Planned, Settings, Survey, make_planned
 from weightbus.sharing import Sharing
-from weightbus.spec import Spec
 
 if TYPE_CHECKING:
+    from weightbus.ends import Origin
     from weightbus.session import Session
-
-log = logging.getLogger("weightbus")
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
 
-# In how many pieces what lies in place is digested, while other waves are under way.
-DIGESTS = 16
+# An update in the background looks this often whether bytes have moved, and leaves the interpreter alone.
+BACKGROUND_PAUSE_S = 0.0005
 
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
@@ -45,20 +42,6 @@ class Ended(WeightbusError):
     def __init__(self, outcome: m.Outcome) -> None:
         super().__init__("the update has ended")
         self.outcome = outcome
-
-
-@dataclass(slots=True, kw_only=True)
-class Planned:
-    """A plan, compiled for this rank, with what it digests. group: this server rank's."""
-
-    choice: Choice
-    sharing: Sharing
-    plan: Plan | PeerPlan
-    compiled: Compiled | CompiledPeer
-    target: Target | None
-    sent: Ledger
-    live: Ledger
-    group: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,11 +67,19 @@ class Evidence:
     live_only: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a trainer rank sends instead of its live source. filled: reached once it is complete."""
+
+    frozen: Frozen
+    filled: Mark
+
+
 class Turn:
     """State of this rank from the offer to the outcome."""
 
-    def __init__(self, session: Session, progress: Progress) -> None:
-        self.session, self.progress = session, progress
+    def __init__(self, session: Session, progress: Progress, snapshot: Snapshot | None) -> None:
+        self.session, self.progress, self.snapshot = session, progress, snapshot
         self.offer: m.Offer | None = None
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
@@ -117,6 +108,17 @@ class Turn:
     def _me(self) -> m.Member:
         return self._offer.members[self._rank]
 
+    @property
+    def _planned(self) -> Planned | None:
+        return self.session.plan(self._offer.plan)
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings.parse(self._offer.settings)
+
+    def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
+        return self.snapshot.frozen.parts if self.snapshot else origin.layout.parts
+
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
         self.progress.stages[stage] = self.progress.stages.get(stage, 0.0) + now - self._begun
@@ -128,9 +130,10 @@ class Turn:
 
     def _ready(self) -> None:
         """Ready with the offer's plan; without one that still holds, facts must be exchanged again."""
-        planned = self.session.plan(self._offer.plan)
+        planned = self._planned
+        filled = self.snapshot.filled if self.snapshot else None
         try:
-            if planned is not None and not planned.sharing.ready(self._offer.ready_s):
+            if planned is not None and not planned.sharing.ready(self._offer.ready_s, filled):
                 self.session.forget_plan(self._offer.plan)
                 planned = None
         except Exception as error:
@@ -165,18 +168,16 @@ class Turn:
         if offer.planned:
             return self._ready()
         self.close()
-        self._sharing = Sharing(session.device, self._settings[1])
+        self._sharing = Sharing(session.device, self._settings.route)
         if self._me.trainer is not None and session.origin:
-            blob = session.origin.blob(offer.modules)
-            memory = self._sharing.export(session.origin.layout.select(offer.modules).parts)
-            session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob, memory=memory))
+            blob, _ = session.origin.facts(offer.modules)
+            names, parts = session.origin.layout.select(offer.modules).specs, self._parts(session.origin)
+            self._send_facts(blob, self._sharing.export({name: parts[name] for name in names}))
         return None
 
-    @property
-    def _settings(self) -> tuple[int, str]:
-        """Bytes of a bucket, and the route that is asked for."""
-        bucket_bytes, _, asked = self._offer.settings.partition(" ")
-        return int(bucket_bytes), asked or "auto"
+    def _send_facts(self, blob: bytes, memory: bytes) -> None:
+        peer = self.session.link.peer
+        self.session.link.send(m.Facts(peer=peer, update=self._offer.update, blob=blob, memory=memory))
 
     def gathered(self, gathered: m.Gathered) -> None:
         session = self.session
@@ -185,22 +186,19 @@ class Turn:
                 session.keep_plan(self._offer.plan, self._plan(gathered))
                 return self._ready()
             self._sources = gathered
-            if (target := self._target(gathered)) is not None and self._sharing:
-                blob = encode_facts(target.facts())
-                memory = self._sharing.reach(self._exports(), self._rank)
-                session.link.send(
-                    m.Facts(peer=session.link.peer, update=self._offer.update, blob=blob, memory=memory)
-                )
+            if (target := self._target(gathered)) is not None:
+                assert self._sharing is not None, "made with the offer"
+                memory = self._sharing.reach(self._exports(gathered), self._rank)
+                self._send_facts(encode_facts(target.facts()), memory)
         except Exception as error:
             return self._refuse(error)
         return None
 
-    def _exports(self) -> dict[int, Exports]:
-        assert self._sources is not None, "the sources come first"
-        facts, members = self._decode(self._sources), self._offer.members
+    def _exports(self, sources: m.Gathered) -> dict[int, Exports]:
+        """Each trainer rank's, by group rank."""
+        facts, members = self._decode(sources), self._offer.members
         return {
-            rank: decode_exports(blob, facts[rank], str(members[rank]))
-            for rank, blob in self._sources.memory.items()
+            rank: decode_exports(blob, facts[rank], str(members[rank])) for rank, blob in sources.memory.items()
         }
 
     def _decode(self, gathered: m.Gathered) -> dict[int, Facts]:
@@ -216,103 +214,35 @@ class Turn:
 
     def _plan(self, gathered: m.Gathered) -> Planned:
         """The plan, alike on all ranks, and this rank's compiled part of it."""
-        members, rank = self._offer.members, self._rank
+        session, members, rank = self.session, self._offer.members, self._rank
         sharing, self._sharing = self._sharing, None
         if self._sources is None or sharing is None:
             raise ProtocolError("wants: expected the sources first")
-        try:
-            sources, facts = self._decode(self._sources), self._decode(gathered)
-            wants = {
+        facts = self._decode(gathered)
+        survey = Survey(
+            rank=rank,
+            sources=self._decode(self._sources),
+            exports=self._exports(self._sources),
+            wants={
                 member: Want(replica=server.replica, rank=server.rank, facts=facts[member])
                 for member in facts
                 if (server := members[member].server) is not None
-            }
-            reaches = [decode_reach(blob, str(members[r])) for r, blob in gathered.memory.items()]
-            cast = why_cast(sources, list(wants.values()))
-            choice = choose_route(self._settings[1], self._exports(), reaches, cast)
-            groups = {blob: facts[member] for member, blob in gathered.holder.items()}
-            make = self._plan_peer if choice.route == "peer" else self._plan_broadcast
-            return make(choice, sharing, sources, wants, groups, gathered.holder.get(rank, 0))
-        except BaseException:
-            sharing.close()
-            raise
-
-    def _plan_broadcast(
-        self,
-        choice: Choice,
-        sharing: Sharing,
-        sources: Mapping[int, Facts],
-        wants: Mapping[int, Want],
-        groups: Mapping[int, Facts],
-        group: int,
-    ) -> Planned:
-        sharing.close()
-        if choice.reason not in (OTHER_HOST, "asked for") and self.session.device.type == "cuda":
-            _say_once(choice.reason)
-        assert self._sources is not None
-        plan = plan_broadcast(sources, list(wants.values()), bucket_bytes=self._settings[0])
+            },
+            reaches=[decode_reach(blob, str(members[r])) for r, blob in gathered.memory.items()],
+            groups={blob: facts[member] for member, blob in gathered.holder.items()},
+            group=gathered.holder.get(rank, 0),
+        )
+        sends = self._me.trainer is not None and session.origin is not None
+        own = self._parts(session.origin) if sends and session.origin else {}
         target = self._target(self._sources)
-        compiled = compile_waves(
-            plan, self._rank, source=self._own, target=target, staging=self.session.staging
-        )
-        stages = {name: _stage(last, len(plan.waves)) for name, last in compiled.last.items()}
-        return Planned(
-            choice=choice,
-            sharing=sharing,
-            plan=plan,
-            compiled=compiled,
-            target=target,
-            sent=Ledger(_sent(plan, compiled, self._rank, groups)),
-            live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
-            group=group,
-        )
-
-    def _plan_peer(
-        self,
-        choice: Choice,
-        sharing: Sharing,
-        sources: Mapping[int, Facts],
-        wants: Mapping[int, Want],
-        groups: Mapping[int, Facts],
-        group: int,
-    ) -> Planned:
-        assert self._sources is not None
-        plan = plan_peer(sources, wants)
-        sharing.follow(plan, self._rank)
-        target = self._target(self._sources)
-        compiled = compile_peer(
-            plan,
-            self._rank,
-            facts=sources,
-            imports=sharing.imports,
-            own=self._own,
-            target=target,
-            staging=self.session.staging,
-        )
-        stages = {name: _stage(last, len(compiled.waves)) for name, last in compiled.last.items()}
-        return Planned(
-            choice=choice,
-            sharing=sharing,
-            plan=plan,
-            compiled=compiled,
-            target=target,
-            sent=Ledger(_owned(plan, self._own, self._rank, groups)),
-            live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
-            group=group,
-        )
-
-    @property
-    def _own(self) -> Mapping[str, Sequence[Part]]:
-        """The parts that this rank sends."""
-        sends = self._me.trainer is not None and self.session.origin is not None
-        return self.session.origin.layout.parts if sends and self.session.origin else {}
+        return make_planned(survey, self._settings, sharing, own, target, session.staging)
 
     # -- transfer and verification -----------------------------------------------------------------
 
     def go(self, go: m.Go) -> m.Outcome | None:
         """Run the plan and answer; the outcome, if the hub has ended the update meanwhile."""
         self._lap("ready")
-        planned = self.session.plan(self._offer.plan)
+        planned = self._planned
         error = ""
         try:
             assert planned is not None, "ready was answered with this plan"
@@ -338,7 +268,13 @@ class Turn:
 
         route = self._route(planned)
         try:
-            route.run(seed if verify else None, check=look, progress=moved)
+            route.run(
+                seed if verify else None,
+                check=look,
+                progress=moved,
+                after=self.snapshot.filled if self.snapshot else None,
+                pause_s=BACKGROUND_PAUSE_S if self.snapshot else 0.0,
+            )
         finally:
             progress.wrote |= route.wrote
         self._lap("transfer")
@@ -470,7 +406,7 @@ class Turn:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
             session.drop_group(abort=True)
             session.lanes.drain(SLACK_S)
-            # The epoch is over: the plans' memory may be that of a rank that has died.
+            # The epoch is over, and what the plans have mapped may be memory of a rank that has died.
             session.forget_plans()
         if outcome.ok:
             (evidence,) = self._evidence
@@ -480,50 +416,6 @@ class Turn:
         if self._me.server and session.destination:
             session.destination.after(outcome, offer.version, offer.modules, self.progress.wrote)
         return outcome
-
-
-def _stage(wave: int, waves: int) -> int:
-    """The wave after which what ``wave`` completes is digested: few digests, of which the last is short."""
-    every = -(-waves // DIGESTS)
-    return min((wave // every + 1) * every, waves) - 1
-
-
-def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]) -> list[Entry]:
-    """Entries for everything that this rank sends: where it lies, or as cast in its bucket."""
-    specs: dict[str, Spec] = {spec.name: spec for spec in plan.specs}
-    wants = [groups[group] for group in sorted(groups)]
-    entries = []
-    for index, wave in enumerate(compiled.waves):
-        for step in wave.steps:
-            if step.src != rank:
-                continue
-            for name, box, view, origin in step.boxes:
-                assert origin is not None
-                if origin.dtype == view.dtype and origin.device == view.device:
-                    stage, view = _stage(index, len(compiled.waves)), origin
-                else:
-                    stage = index
-                entries += sent_entries(name, specs[name], box, view, stage, wants)
-    return entries
-
-
-def _owned(
-    plan: PeerPlan, own: Mapping[str, Sequence[Part]], rank: int, groups: Mapping[int, Facts]
-) -> list[Entry]:
-    """Entries for everything that this rank answers for, where it lies."""
-    wants = [groups[group] for group in sorted(groups)]
-    entries = []
-    for piece in plan.owned:
-        if piece.src == rank:
-            spec = plan.specs[piece.tensor]
-            part = next(part for part in own[spec.name] if part.box == piece.box)
-            entries += sent_entries(spec.name, spec, piece.box, part.tensor, 0, wants)
-    return entries
-
-
-@cache
-def _say_once(reason: str) -> None:
-    log.warning("no peer copies, NCCL serves: %s", reason)
 
 
 def explain(error: Exception) -> str:
