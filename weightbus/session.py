@@ -94,6 +94,8 @@ class Session:
             return self._follow(turn, offer, wait_s)
         finally:
             turn.close()
+            if turn.farewell is not None:
+                self.link.push_back(turn.farewell)
 
     def _follow(self, turn: Turn, offer: m.Offer | None, wait_s: float) -> m.Outcome:
         if offer is not None:
@@ -116,8 +118,7 @@ class Session:
                 case m.Outcome():
                     return turn.ended(message)
                 case m.Farewell():
-                    self.link.push_back(message)
-                    raise HubError("the trainer job has left in the middle of an update")
+                    turn.farewell = message  # the outcome follows: this rank may be torn
                 case _:
                     raise ProtocolError(f"expected a message of an update, got {type(message).__name__}")
 

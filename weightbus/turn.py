@@ -85,6 +85,7 @@ class Turn:
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
         self._sharing: Sharing | None = None
+        self.farewell: m.Farewell | None = None
         self._begun = time.monotonic()
 
     def close(self) -> None:
@@ -322,7 +323,9 @@ class Turn:
             message = self.session.link.receive(0)
             if isinstance(message, m.Outcome):
                 raise Ended(message)
-            if message is not None:
+            if isinstance(message, m.Farewell):
+                self.farewell = message
+            elif message is not None:
                 self.session.link.push_back(message)
             if now > deadline:
                 raise UpdateError(f"transfer: expected to end within {self._offer.transfer_s:.0f} s")
