@@ -1,4 +1,4 @@
-"""The peer route end to end: when it is taken, memory that moves, ranks that die in the middle, what is left."""
+"""The peer route end to end: when it is taken, memory that moves, ranks that die in the middle, what stays."""
 
 from __future__ import annotations
 
