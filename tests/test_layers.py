@@ -48,11 +48,12 @@ LAYERS = {
         "kernel_copies",
         "ipc",
         "sharing",
+        "loopback",
         "peer",
         "progress",
         "disk",
     ),
-    4: ("report", "ends", "planned", "turn", "session", "publisher", "subscriber"),
+    4: ("report", "ends", "planned", "turn", "session", "publisher", "subscriber", "colocated"),
     5: ("cli", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

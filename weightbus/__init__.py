@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightbus.colocated import Colocated as Colocated
+    from weightbus.colocated import colocate as colocate
     from weightbus.digest import Digest as Digest
     from weightbus.digest import Digester as Digester
     from weightbus.digest import combine as combine
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 # Public names by module, imported on first use, as the hub must start without torch.
 _PUBLIC = {
+    "colocated": ["Colocated", "colocate"],
     "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
     "errors": ["HubError", "SpecError", "TornError", "UpdateError", "WeightbusError"],
     "publisher": ["Publisher"],

@@ -19,7 +19,8 @@ from weightbus.spec import ITEMSIZE
 # Bytes of a cudaIpcMemHandle_t, the longer of the two kinds.
 HANDLE_BYTES = 64
 
-# The one reason against peer copies that nobody needs to be told of.
+# Reasons of which nobody needs to be told.
+ASKED_FOR = "asked for"
 OTHER_HOST = "trainer and server ranks are on different hosts"
 
 _Count = Annotated[int, Meta(ge=0, lt=1 << 48)]
@@ -125,11 +126,11 @@ def choose_route(asked: str, exports: Mapping[int, Exports], reaches: Sequence[R
     Raises SpecError where ``peer`` is asked for and can't be had.
     """
     if asked == "broadcast":
-        return Choice(route="broadcast", reason="asked for")
+        return Choice(route="broadcast", reason=ASKED_FOR)
     reasons = [held.reason for held in exports.values()] + [reach.reason for reach in reaches] + [cast]
     reason = next(filter(None, reasons), "")
     if not reason:
-        return Choice(route="peer", reason="asked for" if asked == "peer" else "all ranks share a host")
+        return Choice(route="peer", reason=ASKED_FOR if asked == "peer" else "all ranks share a host")
     if asked == "peer":
         raise SpecError(f"route: expected peer copies to be possible, as asked for; {reason}")
     return Choice(route="broadcast", reason=reason)

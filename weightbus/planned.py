@@ -9,7 +9,7 @@ from functools import cache
 
 from weightbus.bucket import Compiled, Staging, compile_waves
 from weightbus.errors import ProtocolError
-from weightbus.exports import OTHER_HOST, Choice, Exports, Reach, choose_route
+from weightbus.exports import ASKED_FOR, OTHER_HOST, Choice, Exports, Reach, choose_route
 from weightbus.facts import Facts
 from weightbus.install import Target
 from weightbus.ipc import Parts
@@ -88,10 +88,16 @@ def make_planned(
     try:
         wants = list(survey.wants.values())
         cast = why_cast(survey.sources, wants)
-        choice = choose_route(settings.route, survey.exports, survey.reaches, cast)
+        alone = survey.sources.keys() == survey.wants.keys() == {survey.rank}
+        if alone and settings.route == "auto":
+            choice = Choice(route="local", reason="source and target are in one process")
+        else:
+            choice = choose_route(settings.route, survey.exports, survey.reaches, cast)
+        if choice.route != "peer":
+            sharing.close()
         plan: Plan | PeerPlan
         compiled: Compiled | CompiledPeer
-        if choice.route == "peer":
+        if choice.route == "peer" or (choice.route == "local" and not cast):
             plan = plan_peer(survey.sources, survey.wants)
             sharing.follow(plan, survey.rank)
             compiled = compile_peer(
@@ -105,8 +111,7 @@ def make_planned(
             )
             sent = _owned(plan, own, survey.rank, survey.groups)
         else:
-            sharing.close()
-            if settings.route == "auto" and staging.device.type == "cuda" and choice.reason != OTHER_HOST:
+            if not alone and staging.device.type == "cuda" and choice.reason not in (ASKED_FOR, OTHER_HOST):
                 _say_once(choice.reason)
             plan = plan_broadcast(survey.sources, wants, bucket_bytes=settings.bucket_bytes)
             compiled = compile_waves(plan, survey.rank, source=own, target=target, staging=staging)

@@ -32,6 +32,8 @@ CUDA_BUCKET_BYTES = 256 << 20
 CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
 
+Route = Literal["auto", "peer", "broadcast"]
+
 
 class Publisher:
     """One trainer rank's publisher; every trainer rank makes one, rank 0 starts the hub.
@@ -64,7 +66,7 @@ class Publisher:
         min_replicas: int = 1,
         bucket_bytes: int | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
-        route: Literal["auto", "peer", "broadcast"] = "auto",
+        route: Route = "auto",
         connect_timeout_s: float = 60.0,
         join_timeout_s: float = 300.0,
         ready_timeout_s: float = 120.0,

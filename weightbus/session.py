@@ -18,6 +18,7 @@ from weightbus.errors import HubError, ProtocolError, SpecError
 from weightbus.group import Group
 from weightbus.lanes import Lanes
 from weightbus.link import Link
+from weightbus.loopback import PREFIX, Loopback
 from weightbus.planned import Planned
 from weightbus.turn import SLACK_S, Progress, Snapshot, Turn
 
@@ -29,16 +30,19 @@ class Session:
     _open_lock = threading.Lock()
 
     def __init__(self, address: str, device: torch.device, num_buckets: int) -> None:
-        self.link = Link(address)
-        self.device = device
+        self.link: Link | Loopback = Loopback(address) if address.startswith(PREFIX) else Link(address)
         self.origin: Origin | None = None
         self.destination: Destination | None = None
-        self.staging = Staging(device, num_buckets)
-        self.lanes = Lanes(device)
+        self._place(device, num_buckets)
         self._group: Group | None = None
         self._plans: dict[str, Planned] = {}
         self._epoch = -1
         self._users = 0
+
+    def _place(self, device: torch.device, num_buckets: int) -> None:
+        self.device = device
+        self.staging = Staging(device, num_buckets)
+        self.lanes = Lanes(device)
 
     @classmethod
     def open(cls, address: str, device: torch.device, num_buckets: int) -> Session:
@@ -47,8 +51,10 @@ class Session:
             session = cls._open.get(address)
             if session is None:
                 session = cls._open[address] = cls(address, device, num_buckets)
-            elif session.device != device:
+            elif session.device != device and not isinstance(session.link, Loopback):
                 raise SpecError(f"device: expected {session.device} as the other end here, got {device}")
+            elif session.device.type == "cpu" != device.type:
+                session._place(device, num_buckets)  # between a CPU and a GPU, the GPU does the work
             session._users += 1
             return session
 

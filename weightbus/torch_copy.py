@@ -22,8 +22,11 @@ class Copies:
     def __init__(self) -> None:
         self._batches: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         self._single: list[tuple[Tensor, Tensor]] = []
+        self._to_host: set[torch.device] = set()
 
     def add(self, dst: Tensor, src: Tensor) -> None:
+        if dst.device.type == "cpu" and src.is_cuda:
+            self._to_host.add(src.device)
         if dst.dtype == src.dtype and (one := _words(dst)) is not None and (two := _words(src)) is not None:
             dst, src = one, two
         floats = dst.dtype in _FLOATS and src.dtype in _FLOATS
@@ -39,12 +42,17 @@ class Copies:
         return bool(self._batches or self._single)
 
     def run(self) -> None:
-        """``dst.copy_(src)`` for all pairs, in the order of the current stream; records no grad."""
+        """``dst.copy_(src)`` for all pairs, in the order of the current stream; records no grad.
+
+        What goes to the host is there when it returns: the host knows no streams.
+        """
         with torch.no_grad():
             for dst, src in self._batches.values():
                 torch._foreach_copy_(dst, src, non_blocking=True)
             for one, other in self._single:
                 one.copy_(other, non_blocking=True)
+        for device in self._to_host:
+            torch.cuda.current_stream(device).synchronize()
 
 
 def _words(tensor: Tensor) -> Tensor | None:
