@@ -69,7 +69,7 @@ class Loopback:
             case _:
                 raise ProtocolError(f"{type(message).__name__}: not for a process by itself")
 
-    def receive(self, timeout_s: float) -> m.FromHub | None:
+    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> m.FromHub | None:
         """The next message. None, at once, where none can come any more."""
         self._take()
         if not self._inbox and timeout_s:

@@ -23,6 +23,7 @@ from weightbus.spec import Spec
 log = logging.getLogger("weightbus")
 
 ROUTES = ("auto", "peer", "broadcast")
+SOURCES = ("live", "device", "host")
 
 # In how many pieces what lies in place is digested, while other waves are under way.
 DIGESTS = 16
@@ -30,22 +31,25 @@ DIGESTS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a plan depends on besides facts; the same on all ranks. frozen: a snapshot is what is sent."""
+    """What a plan depends on besides facts; the same on all ranks.
+
+    source: what is sent: ``live``, or a snapshot on the ``device`` or the ``host``.
+    """
 
     bucket_bytes: int
     route: str
-    frozen: bool
+    source: str = "live"
 
     @classmethod
     def parse(cls, text: str) -> Settings:
         """Raises ProtocolError unless it is the text of settings."""
         bucket_bytes, route, source = (*text.split(" "), "", "", "")[:3]
-        if not bucket_bytes.isdecimal() or route not in ROUTES or source not in ("live", "frozen"):
+        if not bucket_bytes.isdecimal() or route not in ROUTES or source not in SOURCES:
             raise ProtocolError(f"settings: expected bytes, a route and a source, got {text!r}")
-        return cls(bucket_bytes=int(bucket_bytes), route=route, frozen=source == "frozen")
+        return cls(bucket_bytes=int(bucket_bytes), route=route, source=source)
 
     def __str__(self) -> str:
-        return f"{self.bucket_bytes} {self.route} {'frozen' if self.frozen else 'live'}"
+        return f"{self.bucket_bytes} {self.route} {self.source}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,7 @@ class Survey:
 
 @dataclass(slots=True, kw_only=True)
 class Planned:
-    """A plan, compiled for this rank, with what it digests. group: this server rank's."""
+    """A plan, compiled for this rank, with what it digests. group: this server rank's. nbytes: the plan's."""
 
     choice: Choice
     sharing: Sharing
@@ -76,6 +80,7 @@ class Planned:
     sent: Ledger
     live: Ledger
     group: int
+    nbytes: int
 
 
 def make_planned(
@@ -113,7 +118,12 @@ def make_planned(
         else:
             if not alone and staging.device.type == "cuda" and choice.reason not in (ASKED_FOR, OTHER_HOST):
                 _say_once(choice.reason)
-            plan = plan_broadcast(survey.sources, wants, bucket_bytes=settings.bucket_bytes)
+            plan = plan_broadcast(
+                survey.sources,
+                wants,
+                bucket_bytes=settings.bucket_bytes,
+                in_place=settings.source != "host",
+            )
             compiled = compile_waves(plan, survey.rank, source=own, target=target, staging=staging)
             sent = _sent(plan, compiled, survey.rank, survey.groups)
         stages = {name: _stage(last, len(compiled.waves)) for name, last in compiled.last.items()}
@@ -127,6 +137,7 @@ def make_planned(
             sent=Ledger(sent),
             live=Ledger(live),
             group=survey.group,
+            nbytes=plan.nbytes,
         )
     except BaseException:
         sharing.close()

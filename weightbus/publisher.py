@@ -42,8 +42,8 @@ class Publisher:
         of (name, tensor). Plain tensors, or DTensors of any mesh and placement but ``Partial``.
     address: the hub's. rank, size: default from the model's device mesh, else torchrun's variables.
     min_replicas: an update waits until so many replicas of the server job are complete.
-    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; ``bucket_bytes`` is also
-        how much is sent together. By default 64 MiB on the CPU, 256 MiB on CUDA.
+    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; by default 2 buckets of
+        64 MiB on the CPU, of 256 MiB on CUDA. So much is sent together, or more where it needs no bucket.
     route: ``auto`` takes ``peer`` (server ranks copy out of this rank's GPU memory, docs/peer.md) where all
         ranks share a host and nothing has to be cast, else ``broadcast``; both can be asked for.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
@@ -143,7 +143,9 @@ class Publisher:
         """
         begun = time.monotonic()
         self._settle()
-        enter = self._enter("update", version, modules, verify, frozen=not wait)
+        if not wait and self._origin.refresh():
+            self._session.forget_plans()
+        enter = self._enter("update", version, modules, verify, "live" if wait else self._snapshot)
         if wait:
             bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
             try:
@@ -232,24 +234,16 @@ class Publisher:
         )
 
     def _enter(
-        self,
-        kind: m.Kind,
-        version: int,
-        modules: Sequence[str] | None,
-        verify: bool,
-        *,
-        frozen: bool = False,
+        self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool, sent: str = "live"
     ) -> m.Enter:
         facts = refusal = ""
         try:
-            if self._origin.refresh():
-                self._session.forget_plans()
             _, facts = self._origin.facts(modules)
         except WeightbusError as error:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
             refusal = str(error)
         join_s, ready_s, transfer_s = self._timeouts
-        settings = Settings(bucket_bytes=self._bucket_bytes, route=self._route, frozen=frozen)
+        settings = Settings(bucket_bytes=self._bucket_bytes, route=self._route, source=sent)
         return m.Enter(
             peer=self._session.link.peer,
             kind=kind,

@@ -159,26 +159,36 @@ class Turn:
         self.limit_s = offer.ready_s + offer.transfer_s + SLACK_S
         if offer.kind == "check":
             return self._check(offer)
-        if first and self._me.server and session.destination:
-            try:
-                if session.destination.refresh():
-                    session.forget_plans()
-                session.destination.before(offer.version)
-            except Exception as error:
-                return self._refuse(error)
-        if offer.planned:
-            return self._ready()
-        self.close()
-        self._sharing = Sharing(session.device, self._settings.route)
-        if self._me.trainer is not None and session.origin:
-            blob, _ = session.origin.facts(offer.modules)
-            names, parts = session.origin.layout.select(offer.modules).specs, self._parts(session.origin)
-            self._send_facts(blob, self._sharing.export({name: parts[name] for name in names}))
+        try:
+            if first:
+                self._look_at_tensors()
+            if offer.planned:
+                return self._ready()
+            self.close()
+            self._sharing = Sharing(session.device, self._settings.route)
+            if self._me.trainer is not None and session.origin:
+                blob, _ = session.origin.facts(offer.modules)
+                names, parts = session.origin.layout.select(offer.modules).specs, self._parts(session.origin)
+                self._send_facts(blob, self._sharing.export({name: parts[name] for name in names}))
+        except Exception as error:
+            self._refuse(error)
         return None
 
     def _send_facts(self, blob: bytes, memory: bytes) -> None:
         peer = self.session.link.peer
         self.session.link.send(m.Facts(peer=peer, update=self._offer.update, blob=blob, memory=memory))
+
+    def _look_at_tensors(self) -> None:
+        """Notice those that were replaced or moved; then the engine stops using the weights."""
+        session = self.session
+        # A trainer rank does so here, while server ranks do, and not before the hub is told of the update.
+        sends = self._me.trainer is not None and self.snapshot is None
+        if sends and session.origin and session.origin.refresh():
+            session.forget_plans()
+        if self._me.server and session.destination:
+            if session.destination.refresh():
+                session.forget_plans()
+            session.destination.before(self._offer.version)
 
     def gathered(self, gathered: m.Gathered) -> None:
         session = self.session
@@ -258,7 +268,7 @@ class Turn:
     def _transfer(self, planned: Planned, seed: bytes) -> None:
         progress, offer = self.progress, self._offer
         verify = offer.verify
-        progress.tensors, progress.nbytes = len(planned.plan.specs), planned.plan.nbytes
+        progress.tensors, progress.nbytes = len(planned.plan.specs), planned.nbytes
         progress.choice = planned.choice
         look = self._look(time.monotonic() + offer.transfer_s)
 
