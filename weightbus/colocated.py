@@ -17,7 +17,7 @@ from weightbus.errors import SpecError, WeightbusError
 from weightbus.install import NameMap
 from weightbus.layout import Source, layout_of, rank_and_size
 from weightbus.loopback import PREFIX
-from weightbus.publisher import Publisher, Route
+from weightbus.publisher import Publisher
 from weightbus.report import Report, Verdict
 from weightbus.subscriber import Subscriber
 
@@ -95,15 +95,11 @@ def colocate(
         source = list(source)  # pairs may be an iterator
     layout = layout_of(source)
     rank, size = rank_and_size(layout, rank, size)
-    route: Route = options.pop("route", "auto")
     if size == 1:
         address = f"{PREFIX}{next(_numbers)}"
-    else:
-        if address is None:
-            address = _free_address(rank, layout.device)
-        if route == "auto" and layout.device.type == "cpu":
-            route = "peer"  # of memory, only what other ranks want of this one's is copied twice
-    publisher = Publisher(source, address=address, rank=rank, size=size, route=route, **options)
+    elif address is None:
+        address = _free_address(rank, layout.device)
+    publisher = Publisher(source, address=address, rank=rank, size=size, **options)
     try:
         subscriber = Subscriber(
             target,

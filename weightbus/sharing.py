@@ -17,11 +17,11 @@ from weightbus.peer_plan import PeerPlan
 class Sharing:
     """Kept with a plan of the peer route, and closed with it.
 
-    asked: the publisher's route, the same on all ranks.
+    asked: the publisher's route, the same on all ranks. both: this process is a trainer and a server rank.
     """
 
-    def __init__(self, device: torch.device, asked: str) -> None:
-        self.device, self.asked = device, asked
+    def __init__(self, device: torch.device, asked: str, *, both: bool) -> None:
+        self.device, self.asked, self.both = device, asked, both
         self.imports: dict[int, Import] = {}
         self._export: Export | None = None
         self._read: frozenset[str] = frozenset()
@@ -30,7 +30,7 @@ class Sharing:
         """A trainer rank's exports of its parts, or the reason why there are none."""
         if self.asked == "broadcast":
             return b""
-        if self.asked == "auto" and self.device.type == "cpu":
+        if self.asked == "auto" and self.device.type == "cpu" and not self.both:
             reason = "on the CPU a peer copy needs a second copy of the source, so it must be asked for"
             return encode_exports(Exports(reason=reason))
         try:

@@ -165,7 +165,8 @@ class Turn:
             if offer.planned:
                 return self._ready()
             self.close()
-            self._sharing = Sharing(session.device, self._settings.route)
+            both = self._me.trainer is not None and self._me.server is not None
+            self._sharing = Sharing(session.device, self._settings.route, both=both)
             if self._me.trainer is not None and session.origin:
                 blob, _ = session.origin.facts(offer.modules)
                 names, parts = session.origin.layout.select(offer.modules).specs, self._parts(session.origin)
