@@ -1,4 +1,4 @@
-"""csrc/copy.cu, compiled for the host and on a GPU: the bytes that runs name, and no others."""
+"""csrc/runs.cu, compiled for the host and on a GPU: the bytes that runs name, and no others."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compil
 
 @cache
 def library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(compiled(Path(__file__).with_name("copy_on_host.cpp"))))
+    return ctypes.CDLL(str(compiled(Path(__file__).with_name("runs_on_host.cpp"))))
 
 
 def on_host(runs: list[Run]) -> None:
     table, run_of_tile = copy_table(runs)
-    library().copy_on_host(
+    library().runs_on_host(
         ctypes.c_void_p(table.ctypes.data),
         ctypes.c_void_p(run_of_tile.ctypes.data),
         ctypes.c_longlong(len(run_of_tile)),

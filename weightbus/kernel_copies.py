@@ -1,4 +1,4 @@
-"""Copies within one GPU's memory by csrc/copy.cu: any number of boxes in one launch.
+"""Copies within one GPU's memory by csrc/runs.cu: any number of boxes in one launch.
 
 There a call for each box costs more than the bytes, and strided boxes are slow by the driver's own copies.
 """
@@ -17,10 +17,10 @@ import torch
 
 from weightbus.runs import Run
 
-_BLOCK = 256  # kBlock in csrc/copy.cu
+_BLOCK = 256  # kBlock in csrc/runs.cu
 _TILE_UNITS = 16 * _BLOCK
 _WIDEST_UNIT = 16
-# Columns of a row of the table, struct CopyRun in csrc/copy.cu.
+# Columns of a row of the table, struct CopyRun in csrc/runs.cu.
 _COLUMNS = 8
 
 

@@ -1,5 +1,5 @@
 // Copies of many boxes within one device's memory, its own or mapped from another process: one block moves one
-// tile. Compiled by NVRTC at first use (weightbus/kernel_copies.py), and for the host by tests/copy_on_host.cpp.
+// tile. Compiled by NVRTC at first use (weightbus/kernel_copies.py), and for the host by tests/runs_on_host.cpp.
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;

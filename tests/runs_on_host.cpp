@@ -1,4 +1,4 @@
-// csrc/copy.cu as host code: blocks and threads one after the other. Loaded by test_kernel_copies.py.
+// csrc/runs.cu as host code: blocks and threads one after the other. Loaded by test_kernel_copies.py.
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -9,9 +9,9 @@ struct Index {
 };
 static Index blockIdx, threadIdx;
 
-#include "../csrc/copy.cu"
+#include "../csrc/runs.cu"
 
-extern "C" void copy_on_host(const CopyRun* runs, const u32* run_of_tile, i64 tiles) {
+extern "C" void runs_on_host(const CopyRun* runs, const u32* run_of_tile, i64 tiles) {
   for (blockIdx.x = 0; blockIdx.x < tiles; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < kBlock; ++threadIdx.x) copy_runs(runs, run_of_tile);
   }
