@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,13 +57,13 @@ class KernelCopies:
     """
 
     def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
-        from weightbus.digest import cuda
+        from weightbus.cuda_kernels import kernels, stream_of
 
-        self._stream_of, self._device = cuda.cupy_stream, device
+        self._stream_of, self._device = stream_of, device
         table, run_of_tile = copy_table(runs)
         self._tiles = len(run_of_tile)
         with torch.cuda.device(device):
-            self._kernel = _kernel()
+            (self._kernel,) = kernels("runs.cu", ("copy_runs",))
             self._table = torch.from_numpy(table).to(device)
             self._run_of_tile = torch.from_numpy(run_of_tile.view(np.int32)).to(device)
 
@@ -74,19 +72,3 @@ class KernelCopies:
         if self._tiles:
             with self._stream_of(stream.cuda_stream, self._device.index):
                 self._kernel((self._tiles,), (_BLOCK,), (self._table.data_ptr(), self._run_of_tile.data_ptr()))
-
-
-@cache
-def _kernel() -> Any:
-    import cupy  # type: ignore[import-untyped, import-not-found, unused-ignore]
-
-    from weightbus.digest import cuda
-
-    try:
-        kernel = cupy.RawModule(
-            code=cuda.source_text("copy.cu"), options=("-std=c++17",), backend="nvrtc"
-        ).get_function("copy_runs")
-        kernel.compile()  # here, where a failure is caught, and not at the first launch
-    except Exception as error:  # the compiler, its library or the driver: the driver's copies serve instead
-        raise ImportError(f"copy.cu can't be compiled: {error}") from error
-    return kernel

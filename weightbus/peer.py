@@ -62,6 +62,8 @@ class Wave:
     def start(self, stream: Any) -> None:
         """On the current stream, which is ``stream``; None on the CPU."""
         self.host.run()
+        if self.host.to_host:
+            stream.synchronize()
         for copies in self.queued:
             copies.start(stream)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from weightbus.bucket import Compiled, Staging, compile_waves
 from weightbus.errors import ProtocolError
@@ -14,13 +12,12 @@ from weightbus.facts import Facts
 from weightbus.install import Target
 from weightbus.ipc import Parts
 from weightbus.ledger import Entry, Ledger, live_entries, sent_entries
+from weightbus.once import say_once
 from weightbus.peer import CompiledPeer, compile_peer
 from weightbus.peer_plan import PeerPlan, plan_peer, why_cast
 from weightbus.plan import Plan, Want, plan_broadcast
 from weightbus.sharing import Sharing
 from weightbus.spec import Spec
-
-log = logging.getLogger("weightbus")
 
 ROUTES = ("auto", "peer", "broadcast")
 SOURCES = ("live", "device", "host")
@@ -117,7 +114,7 @@ def make_planned(
             sent = _owned(plan, own, survey.rank, survey.groups)
         else:
             if not alone and staging.device.type == "cuda" and choice.reason not in (ASKED_FOR, OTHER_HOST):
-                _say_once(choice.reason)
+                say_once(f"no peer copies, NCCL serves: {choice.reason}")
             plan = plan_broadcast(
                 survey.sources,
                 wants,
@@ -142,11 +139,6 @@ def make_planned(
     except BaseException:
         sharing.close()
         raise
-
-
-@cache
-def _say_once(reason: str) -> None:
-    log.warning("no peer copies, NCCL serves: %s", reason)
 
 
 def _stage(wave: int, waves: int) -> int:
