@@ -105,18 +105,18 @@ def test_an_unknown_route(address):
         weightbus.Publisher(tensors(0), address=address, route="rdma")
 
 
+def trainer_without_handles(rank, size, *, address):
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    return trainer(rank, size, address=address, device="cuda", route="auto")
+
+
 @pytest.mark.cuda
 def test_memory_without_a_handle_goes_by_broadcast(address):
     """Virtual memory, as the allocator's expandable segments are, has no IPC handle."""
-    jobs = (
-        Job(
-            run=trainer,
-            arguments={"address": address, "device": "cuda", "route": "auto"},
-            env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-        ),
+    (seen,), (served,) = run_jobs(
+        Job(run=trainer_without_handles, arguments={"address": address}),
         Job(run=server, arguments={"address": address, "device": "cuda"}),
     )
-    (seen,), (served,) = run_jobs(*jobs)
     assert [row[:2] for row in seen] == [("verified", "broadcast")] * 2
     assert "expandable_segments" in seen[0][2]
     assert served == ("ready", 2, [2.0])

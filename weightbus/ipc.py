@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from weightbus import driver
+from weightbus.driver import DriverError
 from weightbus.errors import WeightbusError
 from weightbus.exports import OTHER_HOST, Allocation, Exports, Place
+from weightbus.once import say_once
 from weightbus.part import Part
 from weightbus.runs import row_major
 from weightbus.torch_copy import Copies
@@ -231,7 +233,10 @@ class DeviceImport:
         addresses, self.addresses = self.addresses, []
         with torch.cuda.device(self._device):
             for address in addresses:
-                driver.close_handle(address)
+                try:
+                    driver.close_handle(address)
+                except DriverError as error:  # a device that has failed; the others are given back
+                    say_once(str(error))
 
 
 class SharedImport:

@@ -24,6 +24,7 @@ from weightbus.kernel_copies import KernelCopies
 from weightbus.lanes import Lanes, Mark, wait_for
 from weightbus.layout import Part
 from weightbus.ledger import Ledger
+from weightbus.once import say_once
 from weightbus.peer_plan import PeerPlan, Piece
 from weightbus.runs import Run, runs_of
 from weightbus.spec import Spec
@@ -33,13 +34,19 @@ from weightbus.torch_copy import Copies
 # is all that the proof adds to the time.
 WAVE_BYTES = 1 << 30
 
+# A copy engine takes some microseconds for each of these, and a kernel hardly longer for all of them.
+SMALL_BYTES = 256 << 10
+
 # Tensors with hooks that are under way: one is put together while another's hook runs.
 HOOK_SLOTS = 2
 
 
 @dataclass(slots=True)
 class Wave:
-    """Copies that are started together. wire: the tensor that they make whole, if its hook is to run then."""
+    """Copies that are started together. wire: the tensor that they make whole, if its hook is to run then.
+
+    host: between tensors, by torch. near, far: by addresses, within a GPU and from another.
+    """
 
     nbytes: int = 0
     host: Copies = field(default_factory=Copies)
@@ -49,14 +56,18 @@ class Wave:
     wire: str = ""
 
     def seal(self, device: torch.device) -> None:
-        """Prepare what the device's copies need."""
-        if self.near:
+        """Prepare what the device's copies need: the engines for what comes from another GPU, since they
+        leave its multiprocessors alone, and one kernel for the rest."""
+        by_kernel = self.near + [run for run in self.far if run.nbytes <= SMALL_BYTES]
+        by_engine = [run for run in self.far if run.nbytes > SMALL_BYTES]
+        if by_kernel:
             try:
-                self.queued.append(KernelCopies(self.near, device))
-            except ImportError:
-                self.far = self.near + self.far
-        if self.far:
-            self.queued.append(EngineCopies(self.far))
+                self.queued.append(KernelCopies(by_kernel, device))
+            except ImportError as error:
+                say_once(f"peer copies within a GPU by the driver alone, exact but slower: {error}")
+                by_engine = by_kernel + by_engine
+        if by_engine:
+            self.queued.append(EngineCopies(by_engine))
         self.near, self.far = [], []
 
     def start(self, stream: Any) -> None:
