@@ -116,8 +116,8 @@ def check_sha256(
 
     answers = exchanged(peers, answer_of_this_rank)
     verdict = _compared(dict(enumerate(answers)), maps)
-    if any(own is not maps[0] for own in maps):
-        return verdict
+    if len(expected) > 1 and not isinstance(expected, Mapping):
+        return verdict  # a map for each rank is of what that rank holds
     return replace(verdict, mismatching=_joined(verdict, answers, maps[0], tensors, peers))
 
 

@@ -110,7 +110,7 @@ def exchanged(peers: Peers, answer: Callable[[], Answer]) -> list[Answer]:
     for rank, other in enumerate(answers):
         if other.request != answers[0].request:
             raise SpecError(
-                f"sha256: expected the same names and digests on all ranks, got others on rank {rank}"
+                f"sha256: expected the same names and digests on all ranks, got others; on rank {rank}"
             )
     return answers
 
@@ -145,10 +145,14 @@ def ways(name: str, held: Sequence[Held]) -> list[Join]:
 
 
 def odd_replicas(held: Sequence[Held]) -> tuple[int, ...]:
-    """Ranks whose bytes differ from those of the first rank that holds the same boxes."""
-    first: dict[tuple[Box, ...], Held] = {}
+    """Ranks whose bytes differ from those of the first rank that holds the same boxes; or, of a tensor that is a
+    DTensor shard nowhere, from those of rank 0."""
+    sharded = any(h.sharded for h in held)
+    first: dict[tuple[Box, ...], str] = {}
     return tuple(
-        rank for rank, h in enumerate(held) if h.boxes and first.setdefault(h.boxes, h).sha256 != h.sha256
+        rank
+        for rank, h in enumerate(held)
+        if h.boxes and first.setdefault(h.boxes if sharded else (), h.sha256) != h.sha256
     )
 
 
