@@ -1,4 +1,4 @@
-"""Snapshots, perturbation and SHA-256 on a GPU: the same answers as on the CPU, streams and pinned buffers kept to."""
+"""Snapshots, perturbation and SHA-256 on a GPU: answers as on the CPU, streams and buffers as promised."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from processes import Job, run_jobs
 from test_perturbation import check_every_element_changes, everything
 from torch import Tensor, nn
 
-from weightbus import check_sha256, host_bytes, joined, module_sha256, named_sha256, perturb, snapshot
-from weightbus import tensor_sha256, whole_sha256
+from weightbus import (
+    check_sha256,
+    host_bytes,
+    joined,
+    module_sha256,
+    named_sha256,
+    perturb,
+    snapshot,
+    tensor_sha256,
+    whole_sha256,
+)
 
 pytestmark = pytest.mark.cuda
 

@@ -1,4 +1,4 @@
-"""Bytes of tensors on the host: in place where they lie so, else copied ahead into a few pinned buffers."""
+"""Bytes of tensors on the host: in place where they lie so, else through a few buffers, pinned for CUDA."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class HostBytes:
     """The bytes of some tensors, row-major, one tensor after the other: an iterator for one thread.
 
     Yields (index of the tensor, its next bytes), at least once for each tensor; bytes are good until the next
-    are asked for. Contiguous CPU tensors are not copied. Others are, in chunks of CHUNK_BYTES, while their
-    reader is at work on the ones before, with BUFFERS * CHUNK_BYTES of host memory at most.
+    are asked for. Contiguous CPU tensors are not copied. Others are, in chunks of CHUNK_BYTES, those on CUDA
+    while their reader is at work on the ones before, with BUFFERS * CHUNK_BYTES of host memory at most.
     Made in the thread on whose current streams the tensors were written; may be read in another.
     """
 
@@ -46,9 +46,13 @@ class HostBytes:
                     buffer = buffers[copies % BUFFERS][: chunk.nbytes].view(chunk.dtype).view(chunk.shape)
                     copies += 1
                     stream = streams.get(chunk.device)
-                    with torch.cuda.stream(stream):  # a no-op for None
-                        buffer.copy_(chunk, non_blocking=stream is not None)
-                    event = None if stream is None else stream.record_event()
+                    if stream is None:
+                        buffer.copy_(chunk)
+                    else:
+                        # The device first: a stream's context, left in a new thread, would set up device 0.
+                        with torch.cuda.device(chunk.device), torch.cuda.stream(stream):
+                            buffer.copy_(chunk, non_blocking=True)
+                            event = stream.record_event()
                     chunk = buffer
                 waiting.append((index, chunk, event))
                 if len(waiting) == BUFFERS:

@@ -25,6 +25,9 @@ from weightbus.spec import ITEMSIZE
 
 BUFFERS = 3
 
+Cut = tuple[int, Box, Box]
+"""A box that a rank holds, by its index among them, and what it has in common with a chunk."""
+
 
 class Peers:
     """The ranks of a process group of the user's, as far as bytes in host memory go between them."""
@@ -91,8 +94,8 @@ class Join:
         """Pieces of at most CHUNK_BYTES, in the order of the hash."""
         return Box.whole(self.shape).split(CHUNK_BYTES // ITEMSIZE[self.dtype]) if self.nbytes else []
 
-    def cuts(self, rank: int, chunk: Box) -> list[tuple[int, Box, Box]]:
-        """What a rank holds of a chunk: the box's index, the box, and what is common."""
+    def cuts(self, rank: int, chunk: Box) -> list[Cut]:
+        """What a rank holds of a chunk."""
         boxes = dict(self.holders).get(rank, ())
         found = ((i, box, box.intersect(chunk)) for i, box in enumerate(boxes))
         return [(i, box, common) for i, box, common in found if common is not None]
@@ -119,36 +122,23 @@ def joined_sha256s(joins: Sequence[Join], shards: Mapping[str, Sequence[Tensor]]
     sends = receipts = 0
     with ThreadPoolExecutor(1, "weightbus-join") as hashing:
         for i, owner, chunk in _steps(joins, peers.size):
-            join, slot = joins[i], (receipts if owner == peers.rank else sends) % BUFFERS
+            join = joins[i]
             if owner == peers.rank:
+                slot = receipts % BUFFERS
                 receipts += 1
                 if (task := hashed[slot]) is not None:
                     task.result()
                 rows = _shaped(inbox[slot], join.dtype, chunk.sizes)
-                for rank, _ in join.holders:
-                    cuts = join.cuts(rank, chunk)
-                    if rank == peers.rank:
-                        pieces = _pieces(join, shards[join.name], cuts)
-                    elif cuts:
-                        volume = sum(common.volume for _, _, common in cuts)
-                        data = arriving[: volume * ITEMSIZE[join.dtype]]
-                        peers.receive(data, rank, join.name)
-                        pieces = _unpacked(join, data, cuts)
-                    else:
-                        continue
-                    for (_, _, common), piece in zip(cuts, pieces, strict=True):
-                        rows[common.within(chunk)].copy_(piece)
-                view = rows.reshape(-1).view(torch.uint8).numpy().data
-                hashed[slot] = hashing.submit(mine[i].update, view)
+                _gather(rows, join, chunk, shards, arriving, peers)
+                hashed[slot] = hashing.submit(mine[i].update, rows.reshape(-1).view(torch.uint8).numpy().data)
             elif cuts := join.cuts(peers.rank, chunk):
+                slot = sends % BUFFERS
                 sends += 1
                 if sent[slot] is not None:
                     peers.wait(sent[slot], f"rank {owner} to take what it was sent before {join.name}")
-                data = outbox[slot][: sum(common.volume for _, _, common in cuts) * ITEMSIZE[join.dtype]]
-                pieces = _pieces(join, shards[join.name], cuts)
-                for into, piece in zip(_unpacked(join, data, cuts), pieces, strict=True):
-                    into.copy_(piece)
-                sent[slot] = peers.send(data, owner)
+                message = _Message(join, cuts, outbox[slot])
+                _copy(message.views, _pieces(shards[join.name], cuts))
+                sent[slot] = peers.send(message.data, owner)
         for work in filter(None, sent):
             peers.wait(work, "the last rows to be taken")
     answers = peers.exchange(msgspec.msgpack.encode({i: hasher.hexdigest() for i, hasher in mine.items()}))
@@ -179,21 +169,43 @@ def _steps(joins: Sequence[Join], size: int) -> Iterator[tuple[int, int, Box]]:
                     yield i, owner, chunk
 
 
+class _Message:
+    """What one rank sends of a chunk. data: the bytes, at the start of a buffer. views: into them, by cut."""
+
+    def __init__(self, join: Join, cuts: Sequence[Cut], buffer: Tensor) -> None:
+        self.views, end = [], 0
+        for _, _, common in cuts:
+            begin, end = end, end + common.volume * ITEMSIZE[join.dtype]
+            self.views.append(_shaped(buffer[begin:end], join.dtype, common.sizes))
+        self.data = buffer[:end]
+
+
+def _gather(
+    rows: Tensor, join: Join, chunk: Box, shards: Mapping[str, Sequence[Tensor]], arriving: Tensor, peers: Peers
+) -> None:
+    """Fill ``rows``, a chunk of the whole tensor, with what each holder has of it."""
+    for rank, _ in join.holders:
+        if not (cuts := join.cuts(rank, chunk)):
+            continue
+        if rank == peers.rank:
+            pieces = _pieces(shards[join.name], cuts)
+        else:
+            message = _Message(join, cuts, arriving)
+            peers.receive(message.data, rank, join.name)
+            pieces = message.views
+        _copy([rows[common.within(chunk)] for _, _, common in cuts], pieces)
+
+
 def _shaped(buffer: Tensor, dtype: str, sizes: Sequence[int]) -> Tensor:
     """The start of a buffer, as integers of a dtype's width in some shape."""
     integers = bits_of(torch.empty(0, dtype=getattr(torch, dtype))).dtype
     return buffer[: math.prod(sizes) * ITEMSIZE[dtype]].view(integers).view(tuple(sizes))
 
 
-def _pieces(join: Join, tensors: Sequence[Tensor], cuts: Sequence[tuple[int, Box, Box]]) -> list[Tensor]:
+def _pieces(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
     return [bits_of(tensors[i])[common.within(box)] for i, box, common in cuts]
 
 
-def _unpacked(join: Join, data: Tensor, cuts: Sequence[tuple[int, Box, Box]]) -> list[Tensor]:
-    """A message's bytes as views, one for each cut, in order."""
-    views, begin = [], 0
-    for _, _, common in cuts:
-        nbytes = common.volume * ITEMSIZE[join.dtype]
-        views.append(_shaped(data[begin : begin + nbytes], join.dtype, common.sizes))
-        begin += nbytes
-    return views
+def _copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
+    for into, piece in zip(dst, src, strict=True):
+        into.copy_(piece)

@@ -145,8 +145,8 @@ def ways(name: str, held: Sequence[Held]) -> list[Join]:
 
 
 def odd_replicas(held: Sequence[Held]) -> tuple[int, ...]:
-    """Ranks whose bytes differ from those of the first rank that holds the same boxes; or, of a tensor that is a
-    DTensor shard nowhere, from those of rank 0."""
+    """Ranks whose bytes differ from those of the first rank that holds the same boxes, or, of a tensor that is
+    nowhere a DTensor's shard, from those of rank 0."""
     sharded = any(h.sharded for h in held)
     first: dict[tuple[Box, ...], str] = {}
     return tuple(
