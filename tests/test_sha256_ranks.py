@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import weightbus
-from weightbus import check_sha256, joined, named_sha256, whole_sha256
-from weightbus.errors import CoverageError, DigestError
+from weightbus import CoverageError, DigestError, check_sha256, joined, named_sha256, whole_sha256
 
 HEX0 = "0" * 64
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from weightbus.digest import model_digest as model_digest
     from weightbus.digest import sub_part as sub_part
     from weightbus.digest import tensor_digest as tensor_digest
+    from weightbus.errors import CoverageError as CoverageError
+    from weightbus.errors import DigestError as DigestError
     from weightbus.errors import HubError as HubError
     from weightbus.errors import SpecError as SpecError
     from weightbus.errors import TornError as TornError
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from weightbus.errors import WeightbusError as WeightbusError
     from weightbus.perturbation import perturb as perturb
     from weightbus.publisher import Publisher as Publisher
+    from weightbus.report import Mismatch as Mismatch
+    from weightbus.report import Report as Report
+    from weightbus.report import Verdict as Verdict
     from weightbus.sha256 import module_sha256 as module_sha256
     from weightbus.sha256 import named_sha256 as named_sha256
     from weightbus.sha256 import tensor_sha256 as tensor_sha256
@@ -37,9 +42,18 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "changes": ["Changes", "Snapshot", "compare", "snapshot"],
     "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
-    "errors": ["HubError", "SpecError", "TornError", "UpdateError", "WeightbusError"],
+    "errors": [
+        "CoverageError",
+        "DigestError",
+        "HubError",
+        "SpecError",
+        "TornError",
+        "UpdateError",
+        "WeightbusError",
+    ],
     "perturbation": ["perturb"],
     "publisher": ["Publisher"],
+    "report": ["Mismatch", "Report", "Verdict"],
     "sha256": ["module_sha256", "named_sha256", "tensor_sha256"],
     "sha256_check": ["Sha256Verdict", "check_sha256"],
     "sha256_ranks": ["whole_sha256"],
