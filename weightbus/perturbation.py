@@ -22,8 +22,7 @@ def perturb(source: Source, *, seed: int = 0, persistent_only: bool = True) -> N
     written and did not shows in a digest. Storage is never rebound; a tied tensor is written once.
     seed: any integer. On one kind of device, seed, name, box, dtype and values before decide the values, so
         that replicas which are equal stay equal. torch's global random state is not used.
-    Talks to no other rank; runs on each device's current stream. Takes some 20 bytes of memory for each of up
-    to CHUNK_ELEMENTS elements.
+    Talks to no other rank; runs on each device's current stream, in pieces of CHUNK_ELEMENTS elements.
     Raises SpecError, with nothing written, where tensors share memory without being tied.
     """
     layout = layout_of(source, persistent_only=persistent_only)
