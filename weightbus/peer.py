@@ -220,6 +220,7 @@ class Peer:
         *,
         check: Callable[[], None],
         progress: Callable[[int], None],
+        meanwhile: Callable[[], None] = lambda: None,
         after: Mark = None,
         pause_s: float = 0.0,
     ) -> None:
@@ -258,6 +259,7 @@ class Peer:
             if seed:
                 self.sent.prepare(seed)
                 self.live.prepare(seed)
+            meanwhile()
             if lanes.overlap:
                 for wave, mark in zip(self.compiled.waves, ended, strict=True):
                     wait_for(mark, check, pause_s=pause_s)

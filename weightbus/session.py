@@ -21,7 +21,7 @@ from weightbus.lanes import Lanes
 from weightbus.link import Link
 from weightbus.loopback import PREFIX, Loopback
 from weightbus.planned import Planned
-from weightbus.turn import SLACK_S, Progress, Snapshot, Turn
+from weightbus.turn import SLACK_S, Progress, SourceCopy, Turn
 
 
 class Session:
@@ -80,23 +80,23 @@ class Session:
 
     # -- following the hub -------------------------------------------------------------------------
 
-    def call(self, enter: m.Enter, progress: Progress, snapshot: Snapshot | None = None) -> m.Outcome:
+    def call(self, enter: m.Enter, progress: Progress, copied: SourceCopy | None = None) -> m.Outcome:
         """Trainer ranks: enter an update or a check and follow it to its outcome.
 
-        snapshot: what is sent, instead of the live source.
+        copied: what is sent, instead of the live source.
         """
         self.link.send(enter)
-        return self.follow(None, progress, enter.join_s + SLACK_S, snapshot)
+        return self.follow(None, progress, enter.join_s + SLACK_S, copied)
 
     def follow(
         self,
         offer: m.Offer | None,
         progress: Progress,
         wait_s: float = SLACK_S,
-        snapshot: Snapshot | None = None,
+        copied: SourceCopy | None = None,
     ) -> m.Outcome:
         """From the offer to the outcome. Raises HubError if the hub is lost."""
-        turn = Turn(self, progress, snapshot)
+        turn = Turn(self, progress, copied)
         try:
             return self._follow(turn, offer, wait_s)
         finally:

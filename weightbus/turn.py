@@ -32,6 +32,8 @@ SLACK_S = 30.0
 # An update in the background looks this often whether bytes have moved, and leaves the interpreter alone.
 BACKGROUND_PAUSE_S = 0.0005
 
+CHANGED_IN_PLACE = "expected shape, strides and dtype as planned, got others at the same address"
+
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
 
@@ -68,7 +70,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class SourceCopy:
     """What a trainer rank sends instead of its live source. filled: reached once it is complete."""
 
     frozen: Frozen
@@ -78,8 +80,8 @@ class Snapshot:
 class Turn:
     """State of this rank from the offer to the outcome."""
 
-    def __init__(self, session: Session, progress: Progress, snapshot: Snapshot | None) -> None:
-        self.session, self.progress, self.snapshot = session, progress, snapshot
+    def __init__(self, session: Session, progress: Progress, copied: SourceCopy | None) -> None:
+        self.session, self.progress, self.copied = session, progress, copied
         self.offer: m.Offer | None = None
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
@@ -118,7 +120,7 @@ class Turn:
         return Settings.parse(self._offer.settings)
 
     def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
-        return self.snapshot.frozen.parts if self.snapshot else origin.layout.parts
+        return self.copied.frozen.parts if self.copied else origin.layout.parts
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
@@ -132,7 +134,7 @@ class Turn:
     def _ready(self) -> None:
         """Ready with the offer's plan; without one that still holds, facts must be exchanged again."""
         planned = self._planned
-        filled = self.snapshot.filled if self.snapshot else None
+        filled = self.copied.filled if self.copied else None
         try:
             if planned is not None and not planned.sharing.ready(self._offer.ready_s, filled):
                 self.session.forget_plan(self._offer.plan)
@@ -183,7 +185,7 @@ class Turn:
         """Notice those that were replaced or moved; then the engine stops using the weights."""
         session = self.session
         # A trainer rank does so here, while server ranks do, and not before the hub is told of the update.
-        sends = self._me.trainer is not None and self.snapshot is None
+        sends = self._me.trainer is not None and self.copied is None
         if sends and session.origin and session.origin.refresh():
             session.forget_plans()
         if self._me.server and session.destination:
@@ -284,8 +286,9 @@ class Turn:
                 seed if verify else None,
                 check=look,
                 progress=moved,
-                after=self.snapshot.filled if self.snapshot else None,
-                pause_s=BACKGROUND_PAUSE_S if self.snapshot else 0.0,
+                meanwhile=self._check_tensors,
+                after=self.copied.filled if self.copied else None,
+                pause_s=BACKGROUND_PAUSE_S if self.copied else 0.0,
             )
         finally:
             progress.wrote |= route.wrote
@@ -320,6 +323,19 @@ class Turn:
         group = session.join_group(self._rank, len(self._offer.members), self._offer.transfer_s)
         self._lap("group")
         return Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+
+    def _check_tensors(self) -> None:
+        """Raise if a tensor has changed its shape, strides or dtype in place: its bytes went by the old ones.
+
+        Done while bytes move, when it costs no time. Whatever was replaced or moved was noticed before.
+        """
+        ends = (
+            (self.session.origin, self._me.trainer is not None and self.copied is None),
+            (self.session.destination, self._me.server is not None),
+        )
+        for end, takes_part in ends:
+            if end is not None and takes_part and (name := end.changed()) is not None:
+                raise UpdateError(f"{name}: {CHANGED_IN_PLACE}")
 
     def _look(self, deadline: float) -> Callable[[], None]:
         """A function to call while waiting: raises once the hub has ended the update, or too late."""
