@@ -13,6 +13,7 @@ import torch
 from processes import Job, run_jobs
 
 import weightbus
+from weightbus.peer import Peer
 
 SIZES = {"a": (512, 1024), "b": (300,), "c": (64, 64)}
 
@@ -187,7 +188,17 @@ def test_a_snapshot_is_read_instead_of_the_source(address, device):
 
 
 def dying_trainer(rank, size, *, address, pid_file, device):
+    """Never gets done with its part of version 2: once it is, its end changes nothing."""
     Path(pid_file).write_text(str(os.getpid()))
+    run, calls = Peer.run, []
+
+    def slow(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            time.sleep(60)
+        run(self, *arguments, **options)
+
+    Peer.run = slow
     return publish(tensors(0, device), address, (1, 2))
 
 
