@@ -54,7 +54,7 @@ class Report:
     word: ``verified``, ``arrived`` (all arrived, some of it behind hooks) or ``unverified`` (not asked
     for). arrived: as in Verdict. nbytes: of the tensors in the wire's dtypes. seconds: from the call to
     the commit on all ranks. stages: seconds of this rank's parts of it. staging_bytes: this rank's staging
-    memory. route: how the bytes went, ``broadcast`` or ``peer``; route_reason: why so.
+    memory. route: how the bytes went, ``broadcast``, ``peer`` or ``local``; route_reason: why so.
     """
 
     word: str
