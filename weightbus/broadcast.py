@@ -78,8 +78,9 @@ class Broadcast:
                     wait_for(mark, check, pause_s=pause_s)
                     progress(wave.nbytes)
                 wait_for(lanes.install.mark(), check, pause_s=pause_s)
-        finally:
+        except BaseException:
             lanes.end()
+            raise
 
     def _start(self, index: int, wave: Wave, seed: bytes | None) -> tuple[list[Any], Mark]:
         """Fill this rank's bucket and start the transfers; what to wait for."""

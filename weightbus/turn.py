@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class Turn:
     def __init__(self, session: Session, progress: Progress, copied: SourceCopy | None) -> None:
         self.session, self.progress, self.copied = session, progress, copied
         self.offer: m.Offer | None = None
+        self._looked = False
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
@@ -181,13 +183,25 @@ class Turn:
         peer = self.session.link.peer
         self.session.link.send(m.Facts(peer=peer, update=self._offer.update, blob=blob, memory=memory))
 
+    def look_ahead(self) -> None:
+        """Trainer ranks, once the hub has been told and while its offer is on the way: look at its tensors."""
+        # What is wrong is said when there is an offer to refuse.
+        with contextlib.suppress(WeightbusError):
+            self._look_at_source()
+            self._looked = True
+        if self.session.recent is not None:
+            self.session.recent.sharing.look()
+
+    def _look_at_source(self) -> None:
+        session = self.session
+        if session.origin is not None and self.copied is None and session.origin.refresh():
+            session.forget_plans()
+
     def _look_at_tensors(self) -> None:
         """Notice those that were replaced or moved; then the engine stops using the weights."""
         session = self.session
-        # A trainer rank does so here, while server ranks do, and not before the hub is told of the update.
-        sends = self._me.trainer is not None and self.copied is None
-        if sends and session.origin and session.origin.refresh():
-            session.forget_plans()
+        if self._me.trainer is not None and not self._looked:
+            self._look_at_source()
         if self._me.server and session.destination:
             if session.destination.refresh():
                 session.forget_plans()
@@ -260,6 +274,7 @@ class Turn:
         error = ""
         try:
             assert planned is not None, "ready was answered with this plan"
+            self.session.recent = planned
             self._transfer(planned, go.seed)
         except Ended as ended:
             return ended.outcome
@@ -339,7 +354,7 @@ class Turn:
 
     def _look(self, deadline: float) -> Callable[[], None]:
         """A function to call while waiting: raises once the hub has ended the update, or too late."""
-        next_look = 0.0
+        next_look = time.monotonic() + LOOK_S
 
         def look() -> None:
             nonlocal next_look
