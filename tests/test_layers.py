@@ -28,6 +28,7 @@ LAYERS = {
         "bucket",
         "trace",
         "torch_trace",
+        "hook",
         "install",
         "digest",
         "ledger",

@@ -11,7 +11,7 @@ import torch
 
 from weightbus.bucket import Compiled, Step
 from weightbus.group import Group
-from weightbus.install import Hook
+from weightbus.hook import Hook
 
 # Transfers that have started and not been finished: enough to keep the link busy, few enough that
 # an end is noticed soon.

@@ -1,4 +1,4 @@
-"""What a loader hook does with a wire tensor, as boxes: from the strides of the copies that it makes."""
+"""What loading code does with wire tensors, as boxes: from the strides of the copies that it makes."""
 
 from __future__ import annotations
 
@@ -63,11 +63,15 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``box`` of the wire tensor goes to ``view`` of the parameter, which is its box ``target``."""
+    """``box`` of a wire tensor goes to ``view`` of the parameter, which is its box ``target``.
+
+    wire: the tensor's name, where there are several.
+    """
 
     box: Box
     view: View
     target: Box
+    wire: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """All that a hook does to one parameter with one wire tensor. Boxes are disjoint."""
+    """All that loading code does to one parameter. Its boxes of the parameter are disjoint."""
 
     pieces: tuple[Piece, ...] = ()
     fills: tuple[Fill, ...] = ()

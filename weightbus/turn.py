@@ -232,6 +232,8 @@ class Turn:
         route = Broadcast(planned.compiled, group, planned.target.hooks if planned.target else {})
         with on_side_stream(session.device):
             try:
+                if planned.target:
+                    progress.wrote |= planned.target.fill()
                 route.run(
                     look,
                     packed=lambda step: planned.sent.digest(step, seed) if verify else None,
@@ -296,7 +298,7 @@ class Turn:
                     live.append(self._fold(job, evidence.live, evidence.live.group))
                     if (target := evidence.live.target) is not None:
                         arrived |= target.arrived()
-                        wrong += target.spoiled_fills()
+                        wrong += [(name, reason) for name, _, reason in target.spoiled_fills()]
         self.session.link.send(
             m.Done(
                 peer=self.session.link.peer,
