@@ -29,10 +29,23 @@ Reason = Annotated[str, Meta(max_length=64 << 10)]
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Blob = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
+Lanes = tuple[Residue, Residue]
+Axes = Annotated[list[Count], Meta(max_length=64)]
 Kind = Literal["update", "check"]
 FactsOf = Literal["sources", "wants"]
 Word = Literal["verified", "arrived", "unverified", "mismatch", "failed"]
 Role = Literal["trainer", "server"]
+
+# What a wrong tensor turned out to be (docs/checks.md); empty where nothing is known of it.
+Damage = Literal[
+    "", "zeros", "stale", "swapped", "other shard", "element", "block", "scattered", "fill", "replicas differ"
+]
+
+# How many wrong tensors are looked into in one update or check, how many of them are narrowed down, and
+# how many boxes of each are compared at a time.
+MAX_SUSPECTS = 256
+MAX_NARROWED = 16
+MAX_BOXES = 256
 
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -208,15 +221,37 @@ class Fold(Record):
 
     job: Count
     group: Count
-    sums: tuple[Residue, Residue]
+    sums: Lanes
     nbytes: Count
+
+
+class Span(Record):
+    """A box on the wire."""
+
+    offsets: Axes
+    sizes: Axes
+
+
+class Wrong(Record):
+    """A parameter that a server rank itself finds wrong: where loading code fills it with a constant."""
+
+    name: Name
+    reason: Reason
+    box: Span
+
+
+class TensorSums(Record):
+    job: Count
+    group: Count
+    sums: dict[Name, Lanes]
 
 
 class Done(Message, tag="done"):
     """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``.
 
-    arrived: tensors of which only the arrival was digested, and why. wrong: parameters that the rank
-    itself finds wrong, and how.
+    arrived: tensors of which only the arrival was digested, and why. wrong: what the rank itself finds
+    wrong. Of a check also: hidden, sums of this rank's parameters of which no wire tensor's digest tells
+    all, to be compared between replicas; exempt, names that are declared not to be fed in full, and as what.
     """
 
     peer: Token
@@ -224,7 +259,9 @@ class Done(Message, tag="done"):
     sent: list[Fold] = []
     live: list[Fold] = []
     arrived: dict[Name, Reason] = {}
-    wrong: list[tuple[Name, Reason]] = []
+    wrong: list[Wrong] = []
+    hidden: list[TensorSums] = []
+    exempt: dict[Name, Reason] = {}
     error: Reason = ""
     stages: dict[Name, Seconds] = {}
 
@@ -236,12 +273,6 @@ class Detail(Message, tag="detail"):
     groups: list[tuple[Count, Count]]
 
 
-class TensorSums(Record):
-    job: Count
-    group: Count
-    sums: dict[Name, tuple[Residue, Residue]]
-
-
 class Sums(Message, tag="sums"):
     peer: Token
     update: Count
@@ -249,15 +280,90 @@ class Sums(Message, tag="sums"):
     live: list[TensorSums] = []
 
 
+class Suspect(Record):
+    """A tensor that is wrong on some server rank of a group."""
+
+    job: Count
+    group: Count
+    tensor: Name
+
+
+class Suspects(Message, tag="suspects"):
+    """Say what you know of these tensors: a Clue for each, in order."""
+
+    update: Count
+    suspects: Annotated[list[Suspect], Meta(max_length=MAX_SUSPECTS)]
+
+
+class Clue(Record):
+    """What a member knows of a suspect; sums of trainer ranks add up.
+
+    former: the version committed before, and sums under its seed: kept ones of a trainer rank, of a server
+    rank those of what is live now. elsewhere: by group, what a trainer rank sent for that group's boxes;
+    what a server rank's live bytes come to if taken for that group's boxes.
+    now: of a trainer rank, sums of what its source holds now, None if that can't be said, why: the reason.
+    boxes: of a server rank, where its bytes lie in the tensor; shape: the tensor's.
+    """
+
+    former: Count | None = None
+    former_sums: Lanes = (0, 0)
+    elsewhere: dict[Count, Lanes] = {}
+    now: Lanes | None = None
+    why: Reason = ""
+    boxes: list[Span] = []
+    shape: Axes = []
+
+
+class Clues(Message, tag="clues"):
+    peer: Token
+    update: Count
+    clues: Annotated[list[Clue], Meta(max_length=MAX_SUSPECTS)]
+
+
+class Question(Record):
+    """Boxes of one tensor, of which sums are asked for: of what lies within the group's boxes.
+
+    sent: of what trainer ranks hold now, else of what is live on a server rank.
+    """
+
+    job: Count
+    group: Count
+    tensor: Name
+    sent: bool
+    boxes: Annotated[list[Span], Meta(max_length=MAX_BOXES)]
+
+
+class Probe(Message, tag="probe"):
+    update: Count
+    questions: Annotated[list[Question], Meta(max_length=2 * MAX_NARROWED)]
+
+
+class Probed(Message, tag="probed"):
+    """Sums for each box of each question, in order."""
+
+    peer: Token
+    update: Count
+    sums: list[Annotated[list[Lanes], Meta(max_length=MAX_BOXES)]] = []
+    error: Reason = ""
+
+
 class Failure(Record):
-    """One thing that went wrong: on which rank, with which tensor if it is one tensor's."""
+    """One thing that went wrong: on which rank, with which tensor if it is one tensor's.
+
+    kind: what it turned out to be. where: as text, and as the box of the global tensor that holds all
+    that differs.
+    """
 
     rank: Name
     tensor: Name | None
     reason: Reason
+    kind: Damage = ""
+    where: Reason = ""
+    box: Span | None = None
 
     def __str__(self) -> str:
-        return f"{self.tensor}: {self.reason}; {self.rank}" if self.tensor else f"{self.rank}: {self.reason}"
+        text = "; ".join(filter(None, (self.reason, self.where)))
+        return f"{self.tensor}: {text}; {self.rank}" if self.tensor else f"{self.rank}: {text}"
 
 
 class Outcome(Message, tag="outcome"):
@@ -269,6 +375,7 @@ class Outcome(Message, tag="outcome"):
     verdict: Word
     failures: list[Failure] = []
     arrived: dict[Name, Reason] = {}
+    exempt: dict[Name, Reason] = {}
     epoch: Count = 0
     seconds: Seconds = 0.0
     trainers: Count = 0
@@ -313,11 +420,12 @@ class StoreValue(Message, tag="store_value"):
 
 
 ToHub = (
-    Hello | Beat | Leave | Enter | Facts | Ready | Refuse | Done | Sums
+    Hello | Beat | Leave | Enter | Facts | Ready | Refuse | Done | Sums | Clues | Probed
     | StoreSet | StoreGet | StoreAdd | StoreCheck | StoreDelete | StoreCount
 )  # fmt: skip
 FromHub = (
-    Welcome | Refused | Alive | Farewell | Offer | Gathered | Go | Detail | Outcome | StoreValue
+    Welcome | Refused | Alive | Farewell | Offer | Gathered | Go | Detail | Suspects | Probe
+    | Outcome | StoreValue
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
