@@ -18,13 +18,15 @@ PACKAGE = "weightbus"
 
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
-    1: ("errors", "box", "spec", "facts", "plan"),
+    1: ("errors", "box", "spec", "facts", "plan", "narrow"),
     2: (
         "part",
         "layout",
         "torch_dtensor",
         "torch_module",
         "torch_copy",
+        "lanes",
+        "frozen",
         "bucket",
         "trace",
         "torch_trace",
@@ -36,6 +38,7 @@ LAYERS = {
     3: (
         "messages",
         "roster",
+        "judge",
         "protocol",
         "hub",
         "link",
@@ -46,7 +49,7 @@ LAYERS = {
         "progress",
         "disk",
     ),
-    4: ("report", "ends", "turn", "session", "publisher", "subscriber"),
+    4: ("report", "ends", "witness", "turn", "session", "publisher", "subscriber"),
     5: ("cli", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -222,12 +222,10 @@ class Target:
             for parameter in [plain_view(self.layout.tensors[name])]
         ]
 
-    def fill(self) -> bool:
-        """Write the constants that no called hook writes; whether there are any."""
-        regions = self.fills(direct_only=True)
-        for _, _, region, fill in regions:
+    def fill(self) -> None:
+        """Write the constants that no called hook writes."""
+        for _, _, region, fill in self.fills(direct_only=True):
             region.fill_(fill.value)
-        return bool(regions)
 
     def spoiled_fills(self) -> list[tuple[str, Box, str]]:
         """Parameters whose constant elements hold something else: name, the box that does, and a reason."""

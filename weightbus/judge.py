@@ -15,10 +15,10 @@ from weightbus.narrow import Search, bounding
 
 SUM_PRIME = (1 << 61) - 1
 
-Lanes = tuple[int, int]
+Pair = tuple[int, int]
 
 
-def total(sums: Iterable[Lanes]) -> Lanes:
+def total(sums: Iterable[Pair]) -> Pair:
     lanes = (0, 0)
     for one in sums:
         lanes = (lanes[0] + one[0]) % SUM_PRIME, (lanes[1] + one[1]) % SUM_PRIME
@@ -63,8 +63,8 @@ class Finding:
 
     peer: str
     suspect: tuple[int, int, str]
-    expected: Lanes | None
-    got: Lanes | None
+    expected: Pair | None
+    got: Pair | None
     kind: m.Damage = ""
     notes: list[str] = field(default_factory=list)
     where: str = ""
@@ -92,13 +92,13 @@ class Inquiry:
 
     def named(self, answers: Mapping[str, m.Sums]) -> None:
         """Take the sums of single tensors, where folds differ."""
-        expected: dict[tuple[int, int], dict[str, Lanes]] = {}
+        expected: dict[tuple[int, int], dict[str, Pair]] = {}
         for answer in answers.values():
             for sums in answer.sent:
                 sent = expected.setdefault((sums.job, sums.group), {})
                 for name, lanes in sums.sums.items():
                     sent[name] = total((sent.get(name, (0, 0)), lanes))
-        held: dict[tuple[int, int, str], dict[str, Lanes | None]] = {}
+        held: dict[tuple[int, int, str], dict[str, Pair | None]] = {}
         for peer, answer in answers.items():
             for sums in answer.live:
                 for name in sorted(expected.get((sums.job, sums.group), {}).keys() | sums.sums.keys()):
@@ -126,7 +126,7 @@ class Inquiry:
                 finding.settle("swapped", f"its digest is the one expected of {other}")
             self._compare_replicas(finding, held[finding.suspect])
 
-    def _compare_replicas(self, finding: Finding, peers: Mapping[str, Lanes | None]) -> None:
+    def _compare_replicas(self, finding: Finding, peers: Mapping[str, Pair | None]) -> None:
         """Other server ranks that want the same boxes: one that is right, one that is wrong alike."""
         alike = [peer for peer, got in peers.items() if got == finding.got and peer != finding.peer]
         if matching := self._matching[finding.suspect]:
@@ -147,23 +147,21 @@ class Inquiry:
         trainers = [peer for peer, member in self._members.items() if member.trainer is not None]
         for index, suspect in enumerate(self._suspects):
             clues = {p: a.clues[index] for p, a in answers.items() if index < len(a.clues)}
-            kept = [clues[peer] for peer in trainers if peer in clues]
-            if len(kept) < len(trainers):
-                kept = []
+            sent = [clue.sent for p in trainers if (clue := clues.get(p)) and clue.sent]
+            kept = sent if len(sent) == len(trainers) else []
             for finding in self._findings:
-                if finding.suspect == suspect and finding.peer in clues:
-                    self._identify(finding, clues[finding.peer], kept)
-                    self._prepare(finding, clues[finding.peer], kept, trainers)
+                if finding.suspect == suspect and (own := clues.get(finding.peer)) and own.live:
+                    self._identify(finding, own.live, kept)
+                    self._prepare(finding, own.live, kept, trainers)
 
-    def _identify(self, finding: Finding, own: m.Clue, kept: Sequence[m.Clue]) -> None:
-        """Is it a former version, or another rank's shard? own: the server rank's clue; kept: trainers'."""
-        formers = {clue.former for clue in kept}
-        if formers == {own.former} and own.former is not None:
-            if total(clue.former_sums for clue in kept) == own.former_sums:
-                note = f"under the seed of version {own.former} its digest is that version's"
-                finding.settle("stale", note)
+    def _identify(self, finding: Finding, own: m.LiveClue, kept: Sequence[m.SentClue]) -> None:
+        """Is it a former version, or another rank's shard? kept: of all trainer ranks, or none."""
+        same_former = {clue.former for clue in kept} == {own.former} and own.former is not None
+        if same_former and total(clue.former_sums for clue in kept) == own.former_sums:
+            note = f"under the seed of version {own.former} its digest is that version's"
+            finding.settle("stale", note)
         for group, sums in sorted(own.elsewhere.items()):
-            if sums == total(clue.elsewhere.get(group, (0, 0)) for clue in kept) and any(sums):
+            if any(sums) and sums == total(clue.elsewhere.get(group, (0, 0)) for clue in kept):
                 owner = self._owner(finding.suspect[0], group)
                 finding.settle("other shard", f"taken for the shard of {owner}, its digest is that shard's")
 
@@ -174,7 +172,7 @@ class Inquiry:
         return "another rank"
 
     def _prepare(
-        self, finding: Finding, own: m.Clue, kept: Sequence[m.Clue], trainers: Sequence[str]
+        self, finding: Finding, own: m.LiveClue, kept: Sequence[m.SentClue], trainers: Sequence[str]
     ) -> None:
         """Choose whom to compare with, if there is more to be found out."""
         boxes = [Box(tuple(span.offsets), tuple(span.sizes)) for span in own.boxes]
@@ -223,7 +221,7 @@ class Inquiry:
 
     def compare(self, answers: Mapping[str, m.Probed]) -> None:
         """Take the answers of all that were asked."""
-        sides: dict[int, tuple[list[list[Lanes]], list[list[Lanes]]]] = {}
+        sides: dict[int, tuple[list[list[Pair]], list[list[Pair]]]] = {}
         findings = {}
         for peer, asked in self._asked.items():
             answer = answers.get(peer)
@@ -285,7 +283,7 @@ class Inquiry:
         for member in self._members.values():
             if member.server:
                 sizes[member.server.replica] = sizes.get(member.server.replica, 0) + 1
-        held: dict[tuple[int, int, int, str], dict[str, Lanes]] = {}
+        held: dict[tuple[int, int, int, str], dict[str, Pair]] = {}
         for peer, done in self._dones.items():
             if (server := self._members[peer].server) is None:
                 continue
@@ -346,5 +344,5 @@ def _place(box: Box, shape: Sequence[int]) -> str:
     return f"{', '.join(words)} of {list(shape)}"
 
 
-def _text(sums: Lanes | None) -> str:
+def _text(sums: Pair | None) -> str:
     return f"grid61:{sums[0]:016x}{sums[1]:016x}" if sums else "none"

@@ -29,7 +29,7 @@ Reason = Annotated[str, Meta(max_length=64 << 10)]
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Blob = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
-Lanes = tuple[Residue, Residue]
+Pair = tuple[Residue, Residue]
 Axes = Annotated[list[Count], Meta(max_length=64)]
 Kind = Literal["update", "check"]
 FactsOf = Literal["sources", "wants"]
@@ -221,7 +221,7 @@ class Fold(Record):
 
     job: Count
     group: Count
-    sums: Lanes
+    sums: Pair
     nbytes: Count
 
 
@@ -243,7 +243,7 @@ class Wrong(Record):
 class TensorSums(Record):
     job: Count
     group: Count
-    sums: dict[Name, Lanes]
+    sums: dict[Name, Pair]
 
 
 class Done(Message, tag="done"):
@@ -295,23 +295,38 @@ class Suspects(Message, tag="suspects"):
     suspects: Annotated[list[Suspect], Meta(max_length=MAX_SUSPECTS)]
 
 
-class Clue(Record):
-    """What a member knows of a suspect; sums of trainer ranks add up.
+class SentClue(Record):
+    """What a trainer rank knows of a suspect; the sums of all trainer ranks add up.
 
-    former: the version committed before, and sums under its seed: kept ones of a trainer rank, of a server
-    rank those of what is live now. elsewhere: by group, what a trainer rank sent for that group's boxes;
-    what a server rank's live bytes come to if taken for that group's boxes.
-    now: of a trainer rank, sums of what its source holds now, None if that can't be said, why: the reason.
-    boxes: of a server rank, where its bytes lie in the tensor; shape: the tensor's.
+    former: the version committed before this one, and the sums kept of it. elsewhere: sums of the boxes that
+    other groups want. now: of what the source holds now; None if that is something else, why: the reason.
     """
 
-    former: Count | None = None
-    former_sums: Lanes = (0, 0)
-    elsewhere: dict[Count, Lanes] = {}
-    now: Lanes | None = None
-    why: Reason = ""
-    boxes: list[Span] = []
-    shape: Axes = []
+    former: Count | None
+    former_sums: Pair
+    elsewhere: dict[Count, Pair]
+    now: Pair | None
+    why: Reason
+
+
+class LiveClue(Record):
+    """What a server rank knows of a suspect.
+
+    former: the version committed before this one, and sums of what is live now under that one's seed.
+    elsewhere: by group, what the live bytes come to if taken for that group's boxes.
+    boxes, shape: where its bytes lie in the tensor, whose shape it is; none where they can't be digested.
+    """
+
+    former: Count | None
+    former_sums: Pair
+    elsewhere: dict[Count, Pair]
+    boxes: list[Span]
+    shape: Axes
+
+
+class Clue(Record):
+    sent: SentClue | None = None
+    live: LiveClue | None = None
 
 
 class Clues(Message, tag="clues"):
@@ -343,7 +358,7 @@ class Probed(Message, tag="probed"):
 
     peer: Token
     update: Count
-    sums: list[Annotated[list[Lanes], Meta(max_length=MAX_BOXES)]] = []
+    sums: list[Annotated[list[Pair], Meta(max_length=MAX_BOXES)]] = []
     error: Reason = ""
 
 
@@ -362,7 +377,8 @@ class Failure(Record):
     box: Span | None = None
 
     def __str__(self) -> str:
-        text = "; ".join(filter(None, (self.reason, self.where)))
+        where = ": ".join(filter(None, (self.kind, self.where)))
+        text = "; ".join(filter(None, (self.reason, where)))
         return f"{self.tensor}: {text}; {self.rank}" if self.tensor else f"{self.rank}: {text}"
 
 

@@ -7,7 +7,7 @@ tensor at a time, where the source has to be cast again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,10 +17,14 @@ from weightbus.box import Box
 from weightbus.bucket import torch_dtype
 from weightbus.digest import Digester
 from weightbus.errors import UpdateError
-from weightbus.judge import Lanes, total
-from weightbus.layout import Layout, Part
+from weightbus.install import Target
+from weightbus.judge import Pair, total
+from weightbus.layout import Part
 from weightbus.ledger import Record
 from weightbus.spec import Spec
+
+# A trainer rank's parts by wire name.
+Held = Mapping[str, Sequence[Part]]
 
 # Other groups whose boxes a server rank compares its bytes with.
 MAX_GROUPS = 256
@@ -45,9 +49,9 @@ class Piece:
     tensor: Tensor
 
 
-def tensor_sums(evidence: Sequence[Evidence], groups: Iterable[tuple[int, int]]) -> tuple[
-    list[m.TensorSums], list[m.TensorSums]
-]:
+def tensor_sums(
+    evidence: Sequence[Evidence], groups: Iterable[tuple[int, int]]
+) -> tuple[list[m.TensorSums], list[m.TensorSums]]:
     """Sums of the single tensors of these jobs and groups: of what was sent, of what is live."""
     sent: list[m.TensorSums] = []
     live: list[m.TensorSums] = []
@@ -60,58 +64,65 @@ def tensor_sums(evidence: Sequence[Evidence], groups: Iterable[tuple[int, int]])
     return sent, live
 
 
-def clue(evidence: Sequence[Evidence], suspect: m.Suspect, source: Layout | None) -> m.Clue:
+def spoiled(target: Target) -> list[m.Wrong]:
+    """Parameters of which loading code's constants are not what they should be."""
+    return [m.Wrong(name=name, reason=why, box=_span(box)) for name, box, why in target.spoiled_fills()]
+
+
+def hidden_sums(job: int, target: Target, seed: bytes) -> m.TensorSums:
+    """Sums of a server rank's own parameters of which no wire tensor's digest tells all."""
+    parts = target.hidden()
+    sums: dict[str, Pair] = {}
+    for part, row in zip(parts, Digester(parts).sums(seed).tolist(), strict=True):
+        sums[part.spec.name] = total((sums.get(part.spec.name, (0, 0)), _pair(row)))
+    return m.TensorSums(job=job, group=0, sums=sums)
+
+
+def clue(evidence: Sequence[Evidence], suspect: m.Suspect, source: Held) -> m.Clue:
     """What this rank knows of a suspect. source: where a trainer rank's tensors lie now."""
     one, name, group = evidence[suspect.job], suspect.tensor, suspect.group
-    if one.live and one.live.group == group and one.live.target:
-        found = _live_clue(one.live, name)
-    else:
-        found = m.Clue()
-    if one.sent is None:
-        return found
-    kept = _sent_clue(one.sent, name, group, source)
-    if not found.boxes:
-        return kept
-    # Both ends in one process: the trainer's half and the server's half would be one clue.
-    return m.Clue(boxes=found.boxes, shape=found.shape, why="this rank is a trainer rank and a server rank")
+    live = one.live if one.live and one.live.group == group else None
+    return m.Clue(
+        sent=_sent_clue(one.sent, name, group, source) if one.sent else None,
+        live=_live_clue(live, name) if live else None,
+    )
 
 
-def _live_clue(record: Record, name: str) -> m.Clue:
-    pieces = live_pieces(record, name)
-    if not pieces:
-        return m.Clue()
+def _live_clue(record: Record, name: str) -> m.LiveClue:
+    pieces, former = live_pieces(record, name), record.former
     own = [piece.box for piece in pieces]
-    former = record.former
     elsewhere = {}
-    for group, facts in sorted(record.groups.items())[:MAX_GROUPS]:
+    for group, facts in sorted(record.wants.items())[:MAX_GROUPS] if own else ():
         boxes = facts[name].boxes if name in facts and not facts[name].why_arrived else ()
         if group != record.group and [box.sizes for box in boxes] == [box.sizes for box in own]:
             moved = [Piece(p.spec, box, p.tensor) for p, box in zip(pieces, boxes, strict=True)]
             elsewhere[group] = _digest(moved, record.seed)
-    return m.Clue(
+    return m.LiveClue(
         former=former.version if former else None,
         former_sums=_digest(pieces, former.seed) if former else (0, 0),
         elsewhere=elsewhere,
         boxes=[_span(box) for box in own],
-        shape=list(pieces[0].spec.shape),
+        shape=list(pieces[0].spec.shape) if pieces else [],
     )
 
 
-def _sent_clue(record: Record, name: str, group: int, source: Layout | None) -> m.Clue:
-    former = record.former
+def _sent_clue(record: Record, name: str, group: int, source: Held) -> m.SentClue:
     rows = record.ledger.rows(name, group)
+    former = record.former
     now, why = None, ""
     try:
         now = _digest(sent_pieces(record, name, group, source), record.seed)
-        if now != total(_lanes(record.sums[row]) for row, _ in rows):
+        if now != total(_pair(record.sums[row]) for row, _ in rows):
             now, why = None, "the source has moved on"
+    except UpdateError:
+        why = "the source has moved on"
     except Exception as error:
-        why = f"the source can't be digested: {type(error).__name__}: {error}"
-    return m.Clue(
+        why = f"the source can't be digested ({type(error).__name__}: {error})"
+    return m.SentClue(
         former=former.version if former else None,
-        former_sums=total(_lanes(former.sums[row]) for row, _ in rows) if former else (0, 0),
+        former_sums=total(_pair(former.sums[row]) for row, _ in rows) if former else (0, 0),
         elsewhere={
-            other: total(_lanes(record.sums[row]) for row, _ in record.ledger.rows(name, other))
+            other: total(_pair(record.sums[row]) for row, _ in record.ledger.rows(name, other))
             for other in record.ledger.groups[:MAX_GROUPS]
         },
         now=now,
@@ -127,14 +138,14 @@ def live_pieces(record: Record, name: str) -> list[Piece]:
     return [Piece(spec, box, view) for box, view in record.target.live(name) if box.volume]
 
 
-def sent_pieces(record: Record, name: str, group: int, source: Layout | None) -> list[Piece]:
+def sent_pieces(record: Record, name: str, group: int, source: Held) -> list[Piece]:
     """What a trainer rank sent of a tensor to a group, as its source holds it now.
 
     Raises UpdateError where the source's boxes are not those of then.
     """
     found = []
     for _, entry in record.ledger.rows(name, group):
-        held = source.parts.get(name, ()) if source else ()
+        held = source.get(name, ())
         part = next((part for part in held if part.box.intersect(entry.part.box) == entry.part.box), None)
         if part is None:
             raise UpdateError(f"{name}: no box of the source holds {entry.part.box} any more")
@@ -143,7 +154,7 @@ def sent_pieces(record: Record, name: str, group: int, source: Layout | None) ->
     return found
 
 
-def answer(evidence: Sequence[Evidence], question: m.Question, source: Layout | None) -> list[Lanes]:
+def answer(evidence: Sequence[Evidence], question: m.Question, source: Held) -> list[Pair]:
     """Sums of each of a question's boxes, as far as it lies in what this rank sent or holds."""
     one = evidence[question.job]
     record = one.sent if question.sent else one.live
@@ -161,7 +172,7 @@ def answer(evidence: Sequence[Evidence], question: m.Question, source: Layout | 
     cut = [_within(pieces, box) for box in boxes]
     parts = [Part(spec=p.spec, box=p.box, tensor=p.tensor) for pieces in cut for p in pieces]
     rows = iter(Digester(parts).sums(record.seed).tolist())
-    return [total(_lanes(next(rows)) for _ in pieces) for pieces in cut]
+    return [total(_pair(next(rows)) for _ in pieces) for pieces in cut]
 
 
 def _within(pieces: Sequence[Piece], box: Box) -> list[Piece]:
@@ -172,16 +183,16 @@ def _within(pieces: Sequence[Piece], box: Box) -> list[Piece]:
     ]
 
 
-def _digest(pieces: Sequence[Piece], seed: bytes) -> Lanes:
+def _digest(pieces: Sequence[Piece], seed: bytes) -> Pair:
     sums = []
     for piece in pieces:
         tensor = piece.tensor.to(torch_dtype(piece.spec.dtype))
         part = Part(spec=piece.spec, box=piece.box, tensor=tensor)
         sums += Digester([part]).sums(seed).tolist()
-    return total(map(_lanes, sums))
+    return total(map(_pair, sums))
 
 
-def _lanes(row: Sequence[int]) -> Lanes:
+def _pair(row: Sequence[int]) -> Pair:
     return int(row[0]), int(row[1])
 
 
