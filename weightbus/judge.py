@@ -262,8 +262,8 @@ class Inquiry:
                     box=m.Span(offsets=list(box.offsets), sizes=list(box.sizes)) if box else None,
                 )
             )
-        for peer, done in self._dones.items():
-            for wrong in done.wrong:
+        for peer in self._members:
+            for wrong in self._dones[peer].wrong if peer in self._dones else ():
                 box = Box(tuple(wrong.box.offsets), tuple(wrong.box.sizes))
                 found.append(
                     m.Failure(
@@ -284,10 +284,10 @@ class Inquiry:
             if member.server:
                 sizes[member.server.replica] = sizes.get(member.server.replica, 0) + 1
         held: dict[tuple[int, int, int, str], dict[str, Pair]] = {}
-        for peer, done in self._dones.items():
-            if (server := self._members[peer].server) is None:
+        for peer, member in self._members.items():
+            if (server := member.server) is None or peer not in self._dones:
                 continue
-            for sums in done.hidden:
+            for sums in self._dones[peer].hidden:
                 for name, lanes in sums.sums.items():
                     place = sums.job, sizes[server.replica], server.rank, name
                     held.setdefault(place, {})[peer] = lanes
@@ -321,15 +321,12 @@ def _conclude(finding: Finding, search: Search) -> None:
         return
     parts, wrong = search.grid
     unit = "elements" if parts == search.box.volume else "parts"
-    finding.where = place if parts == 1 else f"{place}: {wrong} of its {parts} {unit} differ, nothing else does"
+    many = "nothing else differs" if parts == 1 else f"{wrong} of its {parts} {unit} differ, nothing else does"
     if search.zeros:
-        finding.settle("zeros", "zeros there, of which the digest is zero")
-    elif parts == 1:
-        finding.settle("element", "no other box differs")
-    elif wrong == parts:
-        finding.settle("block", f"all {parts} {unit} of a box differ")
+        finding.kind, many = "zeros", f"its digest there is zero; {many}"
     else:
-        finding.settle("scattered", f"{wrong} of {parts} {unit} of a box differ")
+        finding.kind = "element" if parts == 1 else "block" if wrong == parts else "scattered"
+    finding.where = f"{place}: {many}"
 
 
 def _place(box: Box, shape: Sequence[int]) -> str:
