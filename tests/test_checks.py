@@ -144,6 +144,7 @@ def test_replicas_are_compared_where_the_trainer_cannot_say(address, spoil, decl
     assert verdict.exempt == {"c": "local", "d": "derived"}
     assert "2 names not fed in full: derived, local" in str(verdict)
     assert list(verdict.arrived) == ["a"]
+    assert 0 < verdict.digest_s <= verdict.seconds
     if differ:
         ranks = [f"replica {replica} server rank 0" for replica in (0, 1)]
         assert [(m.tensor, m.rank, m.kind) for m in verdict.mismatches] == [
@@ -151,3 +152,30 @@ def test_replicas_are_compared_where_the_trainer_cannot_say(address, spoil, decl
         ]
         assert f"on {ranks[1]} grid61:" in verdict.mismatches[0].reason
         assert "which is right is not known" in verdict.mismatches[0].reason
+
+
+def both_ends(rank, size, *, address):
+    """A process that is trainer rank and server rank is its own witness."""
+    source, target = [("a", torch.arange(300.0).view(20, 15))], [("a", torch.zeros(20, 15))]
+    publisher = weightbus.Publisher(source, address=address, join_timeout_s=30)
+    subscriber = weightbus.Subscriber(target, address=address)
+    publisher.update(1)
+    verdicts = [publisher.check()]
+    target[0][1][3, 4] = -1.0
+    verdicts.append(publisher.check())
+    source[0][1].zero_()
+    verdicts.append(publisher.check())
+    publisher.close()
+    subscriber.close()
+    return verdicts
+
+
+def test_a_process_with_both_ends(address):
+    ((verdicts,),) = run_jobs(Job(run=both_ends, arguments={"address": address}))
+    whole, damaged, moved = verdicts
+    assert (whole.word, whole.exempt) == ("verified", {})
+    (mismatch,) = damaged.mismatches
+    assert (mismatch.kind, mismatch.where) == ("element", "row 3, column 4 of [20, 15]: nothing else differs")
+    assert mismatch.rank == "trainer rank 0 and replica 0 server rank 0"
+    (mismatch,) = moved.mismatches
+    assert mismatch.where == "not narrowed: the source has moved on, and no replica has the right bytes"

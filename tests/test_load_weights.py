@@ -160,6 +160,23 @@ def target_of(module, specs, **options):
     )
 
 
+class FromDisk(Replaces):
+    def load_weights(self, path):
+        return open(path)
+
+
+class Checkpoint(Replaces):
+    def load_weights(self, weights):
+        self.state = weights
+
+
+@pytest.mark.parametrize("kind", [FromDisk, Checkpoint])
+def test_a_method_that_takes_something_else_is_left_alone(kind):
+    specs = {"w": Spec(name="w", dtype="float32", shape=(3, 4))}
+    target = target_of(kind(), specs)
+    assert (target.hooks, list(target.parts)) == ({}, ["w"])
+
+
 def test_elements_that_it_leaves_out_are_an_error_unless_declared():
     specs = {"w": Spec(name="w", dtype="float32", shape=(3, 4))}
     with pytest.raises(

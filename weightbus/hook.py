@@ -85,6 +85,10 @@ class Loading:
         return found
 
 
+class NotALoader(Untraceable):
+    """A ``load_weights`` that does not read from an iterable of (name, tensor), so takes something else."""
+
+
 # What was found out about hooks and modules; kept by a rank, as tracing takes a while.
 Traces = dict[Hashable, Effect | Loading | str]
 
@@ -132,7 +136,7 @@ def load_weights_hooks(
     """Of a module with ``load_weights``: a hook for each wire tensor that it takes.
 
     given: by wire name, the name that ``load_weights`` is told, and the trainer's spec. tensors: the
-    module's, by name. A tensor of which it writes nothing is not taken.
+    module's, by name. A tensor of which it writes nothing is not taken. Raises NotALoader.
     """
     parameters = {name: tensor for name, tensor in tensors.items() if not is_dtensor(tensor)}
     addresses = tuple((name, tensor.data_ptr(), tensor.stride()) for name, tensor in parameters.items())
@@ -174,6 +178,8 @@ def _trace_module(
             if not bad:
                 dtypes |= written
                 return Loading(_run(module, left, given, dtypes, parameters, asked).effects, dtypes, opaque)
+        except NotALoader:
+            raise
         except Untraceable as reason:
             text = f"{label} can't be traced: {reason}"
             if not asked or len(asked) > len(left) or len(opaque) == MAX_FAILURES:
@@ -208,7 +214,14 @@ def _run(
     def run(stand_ins: dict[str, Tensor]) -> None:
         copy = twin(module, {id(parameters[name]): tensor for name, tensor in stand_ins.items()})
         before = [id(tensor) for tensor in _held(copy)]
-        copy.load_weights(weights())  # type: ignore[operator]
+        try:
+            copy.load_weights(weights())  # type: ignore[operator]
+        except Exception as error:
+            if not asked:
+                raise NotALoader(f"it raised {type(error).__name__}: {error}") from error
+            raise
+        if not asked:
+            raise NotALoader("it read no tensor")
         if [id(tensor) for tensor in _held(copy)] != before:
             raise Untraceable("it replaces a parameter")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weightbus.box import Box
 from weightbus.errors import SpecError
 from weightbus.facts import Facts, Holding
-from weightbus.hook import Hook, Traces, load_weights_hooks, weight_loader_hook
+from weightbus.hook import Hook, NotALoader, Traces, load_weights_hooks, weight_loader_hook
 from weightbus.layout import Layout, Part
 from weightbus.part import plain_view
 from weightbus.spec import Spec, castable
@@ -57,7 +57,7 @@ class Target:
         that is fed twice, in part or not at all.
         """
         self.base, self.manifest, self._traces, self._trust_traces = base, manifest, traces, trust_traces
-        self.layout = layout = base.select(modules)
+        self.layout = base.select(modules)
         self.specs: dict[str, Spec] = {}
         self.parts: dict[str, tuple[Part, ...]] = {}
         self.exempt: dict[str, str] = {}
@@ -77,11 +77,6 @@ class Target:
             if isinstance(mapped, str) and prefix is not None:
                 given.setdefault(prefix, {})[wire] = name.removeprefix(prefix), spec
                 continue
-            name = layout.aliases.get(name, name)
-            if name not in layout.specs:
-                if name_map is not None and (isinstance(mapped, tuple) or mapped != wire):
-                    raise SpecError(f"{wire}: name_map gives {name!r}, which this rank's model does not have")
-                continue
             self._feed(wire, spec, name, arguments, fed)
         for prefix, wires in given.items():
             self._load(prefix, (loaders or {})[prefix], wires, fed)
@@ -90,6 +85,11 @@ class Target:
         self.hooks = {wire: hook for wire, hook in self._hooks.items() if hook.opaque or not hook.direct}
 
     def _feed(self, wire: str, spec: Spec, name: str, arguments: tuple[Any, ...], fed: dict[str, str]) -> None:
+        name = self.layout.aliases.get(name, name)
+        if name not in self.layout.specs:
+            if name != wire or arguments:
+                raise SpecError(f"{wire}: name_map gives {name!r}, which this rank's model does not have")
+            return
         own = self.layout.specs[name]
         tensor = self.layout.tensors[name]
         if not castable(spec.dtype, own.dtype):
@@ -115,7 +115,12 @@ class Target:
         """The tensors that a module's ``load_weights`` takes."""
         label = f"load_weights of {prefix.rstrip('.') or type(module).__name__}"
         own = {name: tensor for name, tensor in self.layout.tensors.items() if name.startswith(prefix)}
-        hooks, loading = load_weights_hooks(label, module, given, own, traces=self._traces)
+        try:
+            hooks, loading = load_weights_hooks(label, module, given, own, traces=self._traces)
+        except NotALoader:
+            for wire, (name, spec) in given.items():
+                self._feed(wire, spec, f"{prefix}{name}", (), fed)
+            return
         for wire, hook in hooks.items():
             self.specs[wire] = Spec(name=wire, dtype=loading.dtypes[wire], shape=given[wire][1].shape)
             for name in hook.known:

@@ -383,7 +383,10 @@ class Failure(Record):
 
 
 class Outcome(Message, tag="outcome"):
-    """The end for every member, decided once. ``moved``: bytes may have been written."""
+    """The end for every member, decided once. ``moved``: bytes may have been written.
+
+    digest_s: the longest that a member took to digest, after its transfers or in a check.
+    """
 
     update: Count
     ok: bool
@@ -394,6 +397,7 @@ class Outcome(Message, tag="outcome"):
     exempt: dict[Name, Reason] = {}
     epoch: Count = 0
     seconds: Seconds = 0.0
+    digest_s: Seconds = 0.0
     trainers: Count = 0
     replicas: list[Rank] = []
     servers: Count = 0

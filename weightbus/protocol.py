@@ -354,6 +354,7 @@ class Coordinator:
             exempt={name: why for done in round.dones.values() for name, why in sorted(done.exempt.items())},
             epoch=self.epoch,
             seconds=now - round.started,
+            digest_s=max((done.stages.get("verify", 0.0) for done in round.dones.values()), default=0.0),
             trainers=sum(member.trainer is not None for member in round.members.values()),
             replicas=sorted({server.replica for server in servers}),
             servers=len(servers),

@@ -228,6 +228,7 @@ class Publisher:
             exempt=outcome.exempt,
             servers=outcome.servers,
             seconds=time.monotonic() - begun,
+            digest_s=outcome.digest_s,
         )
 
     def _enter(self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool) -> m.Enter:

@@ -38,6 +38,8 @@ class Verdict:
     arrived: those tensors, each with the reason why it can't be digested where it lives.
     exempt: names of server ranks' tensors that no update feeds in full, each with the reason why that is no
     error: ``local``, ``derived``, or what can't be traced.
+    seconds: from the call to the verdict; servers may have been busy for some of it. digest_s: the longest that
+    a server rank took to digest.
     """
 
     word: str
@@ -47,6 +49,7 @@ class Verdict:
     exempt: Mapping[str, str]
     servers: int
     seconds: float
+    digest_s: float
 
     @property
     def ok(self) -> bool:
@@ -54,7 +57,8 @@ class Verdict:
 
     def __str__(self) -> str:
         where = _count(self.servers, "server rank")
-        head = f"{self.word} version {self.version} on {where} in {self.seconds:.3f} s"
+        spent = f"{self.seconds:.3f} s, {self.digest_s * 1e3:.1f} ms of it for digests"
+        head = f"{self.word} version {self.version} on {where} in {spent}"
         if self.arrived:
             name, why = next(iter(self.arrived.items()))
             head += f"; {_count(len(self.arrived), 'tensor')} not checked live, such as {name}: {why}"

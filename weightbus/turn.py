@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from weightbus.witness import Evidence, answer, clue, hidden_sums, spoiled, tens
 if TYPE_CHECKING:
     from weightbus.ends import Destination, Origin
     from weightbus.session import Session
+
+log = logging.getLogger("weightbus")
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
@@ -375,7 +378,12 @@ class Turn:
 
     def suspects(self, suspects: m.Suspects) -> None:
         """What this rank knows of tensors that are wrong somewhere."""
-        clues = [clue(self._evidence, suspect, self._held) for suspect in suspects.suspects]
+        try:
+            clues = [clue(self._evidence, suspect, self._held) for suspect in suspects.suspects]
+        except Exception as caught:
+            # The verdict stands without them.
+            log.warning("clues: %s", explain(caught))
+            clues = []
         peer = self.session.link.peer
         self.session.link.send(m.Clues(peer=peer, update=self._offer.update, clues=clues))
 

@@ -26,8 +26,8 @@ from weightbus.spec import Spec
 # A trainer rank's parts by wire name.
 Held = Mapping[str, Sequence[Part]]
 
-# Other groups whose boxes a server rank compares its bytes with.
-MAX_GROUPS = 256
+# With the boxes of how many groups a server rank compares its bytes: each is a digest of its own.
+MAX_GROUPS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
