@@ -86,7 +86,11 @@ class Origin(_End):
             layout = self.layout.select(modules)
             blob = encode_facts(
                 {
-                    name: Holding(spec=spec, boxes=tuple(part.box for part in layout.parts[name]))
+                    name: Holding(
+                        spec=spec,
+                        boxes=tuple(part.box for part in layout.parts[name]),
+                        in_place=all(part.tensor.is_contiguous() for part in layout.parts[name]),
+                    )
                     for name, spec in layout.specs.items()
                 }
             )

@@ -17,7 +17,7 @@ from weightbus.spec import Spec, castable
 from weightbus.torch_dtensor import is_dtensor
 from weightbus.torch_module import twin
 from weightbus.torch_trace import Traced, trace, trace_many
-from weightbus.trace import Effect, Untraceable
+from weightbus.trace import Effect, Piece, Untraceable
 
 # A module whose load_weights fails on more tensors than this is not tried without them any further.
 MAX_FAILURES = 16
@@ -76,13 +76,16 @@ class Loading:
     dtypes: Mapping[str, str]
     opaque: Mapping[str, str]
 
-    def of(self, wire: str) -> dict[str, Effect]:
-        """Effects of one wire tensor, without fills."""
-        found = {}
+    def by_wire(self) -> dict[str, dict[str, Effect]]:
+        """Effects by wire tensor and parameter, without fills."""
+        pieces: dict[str, dict[str, list[Piece]]] = {}
         for name, effect in self.effects.items():
-            if pieces := tuple(piece for piece in effect.pieces if piece.wire == wire):
-                found[name] = Effect(pieces)
-        return found
+            for piece in effect.pieces:
+                pieces.setdefault(piece.wire, {}).setdefault(name, []).append(piece)
+        return {
+            wire: {name: Effect(tuple(found)) for name, found in by_name.items()}
+            for wire, by_name in pieces.items()
+        }
 
 
 class NotALoader(Untraceable):
@@ -145,9 +148,9 @@ def load_weights_hooks(
         traces[key] = _trace_module(label, module, given, parameters)
     loading = traces[key]
     assert isinstance(loading, Loading)
-    hooks = {}
+    hooks, known = {}, loading.by_wire()
     for wire, (name, spec) in given.items():
-        effects = loading.opaque.get(wire) or loading.of(wire)
+        effects = loading.opaque.get(wire) or known.get(wire, {})
         if effects or not spec.elements:
             hooks[wire] = Hook(
                 wire=wire,

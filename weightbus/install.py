@@ -236,7 +236,7 @@ class Target:
         """Parameters whose constant elements hold something else: name, the box that does, and a reason."""
         found = []
         for name, code, region, fill in self.fills():
-            wrong = region != fill.value
+            wrong = region != region.new_full((), fill.value)
             if bool(wrong.any()):
                 spots = wrong.nonzero()
                 low, high = spots.amin(0).tolist(), spots.amax(0).tolist()
@@ -253,6 +253,7 @@ class Target:
             wire: Holding(
                 spec=spec,
                 boxes=(Box.whole(spec.shape),) if wire in opaque else tuple(box for box, _ in self.live(wire)),
+                in_place=all(view.is_contiguous() for _, view in self.live(wire)) and wire not in self.hooks,
                 why_arrived=opaque.get(wire, ""),
             )
             for wire, spec in self.specs.items()

@@ -96,8 +96,8 @@ class Inquiry:
         for answer in answers.values():
             for sums in answer.sent:
                 sent = expected.setdefault((sums.job, sums.group), {})
-                for name, lanes in sums.sums.items():
-                    sent[name] = total((sent.get(name, (0, 0)), lanes))
+                for name, pair in sums.sums.items():
+                    sent[name] = total((sent.get(name, (0, 0)), pair))
         held: dict[tuple[int, int, str], dict[str, Pair | None]] = {}
         for peer, answer in answers.items():
             for sums in answer.live:
@@ -113,16 +113,20 @@ class Inquiry:
                     self._findings.append(Finding(peer=peer, suspect=suspect, expected=right, got=got))
         order = {peer: rank for rank, peer in enumerate(self._members)}
         self._findings.sort(key=lambda finding: (order[finding.peer], finding.suspect))
+        wrong = {(finding.peer, finding.suspect) for finding in self._findings}
+        names: dict[tuple[int, int, Pair], list[str]] = {}
+        for (job, group), sums_of in expected.items():
+            for name, pair in sums_of.items():
+                names.setdefault((job, group, pair), []).append(name)
         for finding in self._findings:
-            job, group, name = finding.suspect
+            job, group, _ = finding.suspect
             if not (finding.expected and finding.got):
                 continue
             if finding.got == (0, 0):
                 finding.settle("zeros", "its bytes are zeros, of which the digest is zero")
-            wrong = {other.suspect[2] for other in self._findings if other.peer == finding.peer}
-            others = [other for other, sums in expected[job, group].items() if sums == finding.got]
-            if others:
-                other = min(others, key=lambda other: (other not in wrong, other))
+            elif others := names.get((job, group, finding.got)):
+                # Rather one that is wrong too: the two have changed places.
+                other = min(others, key=lambda n: ((finding.peer, (job, group, n)) not in wrong, n))
                 finding.settle("swapped", f"its digest is the one expected of {other}")
             self._compare_replicas(finding, held[finding.suspect])
 
@@ -145,12 +149,15 @@ class Inquiry:
     def hear(self, answers: Mapping[str, m.Clues]) -> None:
         """Take what members know of the suspects."""
         trainers = [peer for peer, member in self._members.items() if member.trainer is not None]
+        findings: dict[tuple[int, int, str], list[Finding]] = {}
+        for finding in self._findings:
+            findings.setdefault(finding.suspect, []).append(finding)
         for index, suspect in enumerate(self._suspects):
             clues = {p: a.clues[index] for p, a in answers.items() if index < len(a.clues)}
             sent = [clue.sent for p in trainers if (clue := clues.get(p)) and clue.sent]
             kept = sent if len(sent) == len(trainers) else []
-            for finding in self._findings:
-                if finding.suspect == suspect and (own := clues.get(finding.peer)) and own.live:
+            for finding in findings[suspect]:
+                if (own := clues.get(finding.peer)) and own.live:
                     self._identify(finding, own.live, kept)
                     self._prepare(finding, own.live, kept, trainers)
 
@@ -258,7 +265,7 @@ class Inquiry:
                     tensor=finding.suspect[2],
                     reason="; ".join([reason, *finding.notes]),
                     kind=finding.kind,
-                    where=finding.where,
+                    where=finding.where or "not looked into",
                     box=m.Span(offsets=list(box.offsets), sizes=list(box.sizes)) if box else None,
                 )
             )
@@ -288,16 +295,16 @@ class Inquiry:
             if (server := member.server) is None or peer not in self._dones:
                 continue
             for sums in self._dones[peer].hidden:
-                for name, lanes in sums.sums.items():
+                for name, pair in sums.sums.items():
                     place = sums.job, sizes[server.replica], server.rank, name
-                    held.setdefault(place, {})[peer] = lanes
+                    held.setdefault(place, {})[peer] = pair
         found = []
         for (_, _, _, name), peers in held.items():
-            for peer, lanes in peers.items():
-                other = next((p for p, sums in peers.items() if sums != lanes), None)
+            for peer, pair in peers.items():
+                other = next((p for p, sums in peers.items() if sums != pair), None)
                 if other is not None:
                     reason = (
-                        f"digest {_text(lanes)}, on {self._members[other].server} {_text(peers[other])}; which "
+                        f"digest {_text(pair)}, on {self._members[other].server} {_text(peers[other])}; which "
                         f"is right is not known, as loading code that can't be traced writes it"
                     )
                     found.append(

@@ -40,8 +40,8 @@ class Publisher:
         of (name, tensor). Plain tensors, or DTensors of any mesh and placement but ``Partial``.
     address: the hub's. rank, size: default from the model's device mesh, else torchrun's variables.
     min_replicas: an update waits until so many replicas of the server job are complete.
-    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; ``bucket_bytes`` is also
-        how much is sent together. By default 64 MiB on the CPU, 256 MiB on CUDA.
+    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; by default 2 buckets of
+        64 MiB on the CPU, of 256 MiB on CUDA. So much is sent together, or more where it needs no bucket.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
     dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
@@ -135,7 +135,10 @@ class Publisher:
         """
         begun = time.monotonic()
         self._settle()
-        enter = self._enter("update", version, modules, verify)
+        if not wait and self._origin.refresh():
+            self._session.forget_plans()
+        host = not wait and self._snapshot == "host"
+        enter = self._enter("update", version, modules, verify, " host" if host else "")
         if wait:
             bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
             try:
@@ -231,11 +234,11 @@ class Publisher:
             digest_s=outcome.digest_s,
         )
 
-    def _enter(self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool) -> m.Enter:
+    def _enter(
+        self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool, settings: str = ""
+    ) -> m.Enter:
         facts = refusal = ""
         try:
-            if self._origin.refresh():
-                self._session.forget_plans()
             _, facts = self._origin.facts(modules)
         except WeightbusError as error:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
@@ -248,7 +251,7 @@ class Publisher:
             modules=None if modules is None else list(modules),
             verify=verify,
             facts=facts,
-            settings=str(self._bucket_bytes),
+            settings=f"{self._bucket_bytes}{settings}",
             min_replicas=self._min_replicas,
             join_s=join_s,
             ready_s=ready_s,

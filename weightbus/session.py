@@ -16,6 +16,7 @@ from weightbus.bucket import Staging
 from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError
 from weightbus.group import Group
+from weightbus.hub import SPIN_S
 from weightbus.lanes import Lanes
 from weightbus.link import Link
 from weightbus.turn import SLACK_S, Planned, Progress, Snapshot, Turn
@@ -92,7 +93,7 @@ class Session:
             turn.offered(offer)
         while True:
             limit_s = turn.limit_s if turn.offer else wait_s
-            message = self.link.receive(limit_s)
+            message = self.link.receive(limit_s, spin_s=SPIN_S)
             match message:
                 case None:
                     raise HubError(f"no word from {self.link.address} for {limit_s:.0f} s in an update")

@@ -51,7 +51,10 @@ class Ended(WeightbusError):
 
 @dataclass(slots=True, kw_only=True)
 class Planned:
-    """A plan, compiled for this rank, with what it digests. group: this server rank's. wants: all groups'."""
+    """A plan, compiled for this rank, with what it digests.
+
+    group: this server rank's. wants: of all groups. nbytes: the plan's.
+    """
 
     plan: Plan
     compiled: Compiled
@@ -60,6 +63,7 @@ class Planned:
     live: Ledger
     group: int
     wants: Mapping[int, Facts]
+    nbytes: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -145,19 +149,29 @@ class Turn:
         self.limit_s = offer.ready_s + offer.transfer_s + SLACK_S
         if offer.kind == "check":
             return self._check(offer)
-        if first and self._me.server and session.destination:
-            try:
-                if session.destination.refresh():
-                    session.forget_plans()
-                session.destination.before(offer.version)
-            except Exception as error:
-                return self._refuse(error)
-        if offer.planned:
-            self._ready(self._planned)
-        elif self._me.trainer is not None and session.origin:
-            blob, _ = session.origin.facts(offer.modules)
-            session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
+        try:
+            if first:
+                self._look_at_tensors()
+            if offer.planned:
+                self._ready(self._planned)
+            elif self._me.trainer is not None and session.origin:
+                blob, _ = session.origin.facts(offer.modules)
+                session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
+        except Exception as error:
+            self._refuse(error)
         return None
+
+    def _look_at_tensors(self) -> None:
+        """Notice those that were replaced or moved; then the engine stops using the weights."""
+        session = self.session
+        # A trainer rank does so here, while server ranks do, and not before the hub is told of the update.
+        sends = self._me.trainer is not None and self.snapshot is None
+        if sends and session.origin and session.origin.refresh():
+            session.forget_plans()
+        if self._me.server and session.destination:
+            if session.destination.refresh():
+                session.forget_plans()
+            session.destination.before(self._offer.version)
 
     def gathered(self, gathered: m.Gathered) -> None:
         session = self.session
@@ -196,8 +210,10 @@ class Turn:
             for member in facts
             if (server := members[member].server) is not None
         ]
-        bucket_bytes = int(self._offer.settings)
-        plan = plan_broadcast(self._decode(self._sources), wants, bucket_bytes=bucket_bytes)
+        bucket_bytes, _, where = self._offer.settings.partition(" ")
+        plan = plan_broadcast(
+            self._decode(self._sources), wants, bucket_bytes=int(bucket_bytes), in_place=where != "host"
+        )
         target = self._target(self._sources)
         sends = self._me.trainer is not None and session.origin is not None
         compiled = compile_waves(
@@ -218,6 +234,7 @@ class Turn:
             live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
             group=group,
             wants=groups,
+            nbytes=plan.nbytes,
         )
 
     # -- transfer and verification -----------------------------------------------------------------
@@ -240,7 +257,7 @@ class Turn:
     def _transfer(self, planned: Planned, seed: bytes) -> None:
         session, progress, offer = self.session, self.progress, self._offer
         verify = offer.verify
-        progress.tensors, progress.nbytes = len(planned.plan.specs), planned.plan.nbytes
+        progress.tensors, progress.nbytes = len(planned.plan.specs), planned.nbytes
         look = self._look(time.monotonic() + offer.transfer_s)
 
         def moved(nbytes: int) -> None:
