@@ -104,6 +104,38 @@ def test_an_update_that_arrives_wrong_is_torn_with_the_place_and_the_next_one_me
     assert served == ("ready", (9 * 48 + 3) * 3 + 1.0)
 
 
+def interleaved_server(rank, size, *, address):
+    """``a`` in every other row of a parameter: a box for each row."""
+    both = torch.nn.Parameter(torch.zeros(1200, 4))
+    both.weight_loader = lambda param, loaded, which: param.data[which::2].copy_(loaded)
+
+    def committed(version):
+        both.data[2 * 77, 1] += 1
+
+    with weightbus.Subscriber(
+        [("both", both)], address=address, name_map={"a": ("both", 0), "b": ("both", 1)}, on_commit=committed
+    ) as subscriber:
+        subscriber.serve()
+
+
+def interleaved_trainer(rank, size, *, address):
+    with weightbus.Publisher(
+        [("a", torch.ones(600, 4)), ("b", torch.ones(600, 4))], address=address, join_timeout_s=30
+    ) as publisher:
+        return publisher.update(1).word, publisher.check()
+
+
+def test_a_tensor_in_very_many_pieces_is_named_but_not_narrowed(address):
+    ((found,), _) = run_jobs(
+        Job(run=interleaved_trainer, arguments={"address": address}),
+        Job(run=interleaved_server, arguments={"address": address}),
+    )
+    word, verdict = found
+    assert word == "verified"
+    ((name, where),) = [(m.tensor, m.where) for m in verdict.mismatches]
+    assert (name, where) == ("a", "not narrowed, as it lies in 600 pieces")
+
+
 # -- what no wire tensor's digest tells of ---------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import pytest
 import torch
 from engine import SHAPES, Engine, drawn, name_map, nested
 from models import fill, join_world
@@ -136,6 +137,7 @@ def at_random(model, rng, replica):
                 live[tuple(low)] = torch.nan
 
 
+@pytest.mark.slow
 def test_random_damages(address):
     """None missed, none false, and the box is the one around all that changed."""
     damaged = 0

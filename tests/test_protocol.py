@@ -138,7 +138,7 @@ def lies(box=((0, 0), (4, 8)), now=(3, 4), **changes):
     """What s0 and t0 know of tensor b, whose right sums are (3, 4)."""
     nothing = {"former": None, "former_sums": (0, 0), "elsewhere": {}}
     span = m.Span(offsets=list(box[0]), sizes=list(box[1]))
-    live = m.LiveClue(**nothing | changes.get("live", {}), boxes=[span], shape=[4, 8])
+    live = m.LiveClue(**nothing | changes.get("live", {}), pieces=1, box=span, shape=[4, 8])
     why = "" if now else "the source has moved on"
     sent = m.SentClue(**nothing | changes.get("sent", {}), now=now, why=why)
     return [m.Clue(sent=sent)], [m.Clue(live=live)]

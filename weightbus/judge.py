@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from weightbus import messages as m
 from weightbus.box import Box
-from weightbus.narrow import Search, bounding
+from weightbus.narrow import Search
 
 SUM_PRIME = (1 << 61) - 1
 
@@ -182,13 +182,15 @@ class Inquiry:
         self, finding: Finding, own: m.LiveClue, kept: Sequence[m.SentClue], trainers: Sequence[str]
     ) -> None:
         """Choose whom to compare with, if there is more to be found out."""
-        boxes = [Box(tuple(span.offsets), tuple(span.sizes)) for span in own.boxes]
-        if not any(box.volume for box in boxes):
+        if own.box is None:
             finding.where = "not narrowed, as it can't be digested where it lives"
             return
-        finding.shape, finding.box = tuple(own.shape), bounding(boxes)
-        if finding.kind:
+        finding.shape, finding.box = tuple(own.shape), _box(own.box)
+        if own.pieces > m.MAX_BOXES:
+            finding.where = f"not narrowed, as it lies in {own.pieces} pieces"
+        elif finding.kind:
             finding.where = f"all of its shard, {_place(finding.box, finding.shape)}"
+        if finding.where:
             return
         now = [clue.now for clue in kept if clue.now is not None]
         if len(now) == len(trainers) and total(now) == finding.expected:
@@ -217,7 +219,7 @@ class Inquiry:
             if not boxes:
                 _conclude(finding, finding.search)
                 continue
-            spans = [m.Span(offsets=list(box.offsets), sizes=list(box.sizes)) for box in boxes]
+            spans = [_span(box) for box in boxes]
             job, group, tensor = finding.suspect
             sides = [(peer, True, finding.source) for peer in finding.witnesses]
             for peer, right, sent in [*sides, (finding.peer, False, False)]:
@@ -266,19 +268,18 @@ class Inquiry:
                     reason="; ".join([reason, *finding.notes]),
                     kind=finding.kind,
                     where=finding.where or "not looked into",
-                    box=m.Span(offsets=list(box.offsets), sizes=list(box.sizes)) if box else None,
+                    box=_span(box) if box else None,
                 )
             )
         for peer in self._members:
             for wrong in self._dones[peer].wrong if peer in self._dones else ():
-                box = Box(tuple(wrong.box.offsets), tuple(wrong.box.sizes))
                 found.append(
                     m.Failure(
                         rank=str(self._members[peer]),
                         tensor=wrong.name,
                         reason=wrong.reason,
                         kind="fill",
-                        where=f"wrong within {box}",
+                        where=f"wrong within {_box(wrong.box)}",
                         box=wrong.box,
                     )
                 )
@@ -346,6 +347,14 @@ def _place(box: Box, shape: Sequence[int]) -> str:
     spans = zip(names, box.offsets, box.ends, strict=True)
     words = [f"{n} {low}" if end - low == 1 else f"{n}s {low}:{end}" for n, low, end in spans]
     return f"{', '.join(words)} of {list(shape)}"
+
+
+def _box(span: m.Span) -> Box:
+    return Box(tuple(span.offsets), tuple(span.sizes))
+
+
+def _span(box: Box) -> m.Span:
+    return m.Span(offsets=list(box.offsets), sizes=list(box.sizes))
 
 
 def _text(sums: Pair | None) -> str:

@@ -47,6 +47,10 @@ MAX_SUSPECTS = 256
 MAX_NARROWED = 16
 MAX_BOXES = 256
 
+# With the boxes of how many other groups a server rank compares its bytes.
+MAX_GROUPS = 16
+Elsewhere = Annotated[dict[Count, Pair], Meta(max_length=MAX_GROUPS)]
+
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
     """Base of all messages."""
@@ -304,7 +308,7 @@ class SentClue(Record):
 
     former: Count | None
     former_sums: Pair
-    elsewhere: dict[Count, Pair]
+    elsewhere: Elsewhere
     now: Pair | None
     why: Reason
 
@@ -314,13 +318,15 @@ class LiveClue(Record):
 
     former: the version committed before this one, and sums of what is live now under that one's seed.
     elsewhere: by group, what the live bytes come to if taken for that group's boxes.
-    boxes, shape: where its bytes lie in the tensor, whose shape it is; none where they can't be digested.
+    pieces: how many boxes of the tensor, whose shape it is, lie here; none where they can't be digested.
+    box: around all of them.
     """
 
     former: Count | None
     former_sums: Pair
-    elsewhere: dict[Count, Pair]
-    boxes: list[Span]
+    elsewhere: Elsewhere
+    pieces: Count
+    box: Span | None
     shape: Axes
 
 

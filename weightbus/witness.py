@@ -21,13 +21,11 @@ from weightbus.install import Target
 from weightbus.judge import Pair, total
 from weightbus.layout import Part
 from weightbus.ledger import Record
+from weightbus.narrow import bounding
 from weightbus.spec import Spec
 
 # A trainer rank's parts by wire name.
 Held = Mapping[str, Sequence[Part]]
-
-# With the boxes of how many groups a server rank compares its bytes: each is a digest of its own.
-MAX_GROUPS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +69,8 @@ def spoiled(target: Target) -> list[m.Wrong]:
 
 def hidden_sums(job: int, target: Target, seed: bytes) -> m.TensorSums:
     """Sums of a server rank's own parameters of which no wire tensor's digest tells all."""
-    parts = target.hidden()
     sums: dict[str, Pair] = {}
+    parts = target.hidden()
     for part, row in zip(parts, Digester(parts).sums(seed).tolist(), strict=True):
         sums[part.spec.name] = total((sums.get(part.spec.name, (0, 0)), _pair(row)))
     return m.TensorSums(job=job, group=0, sums=sums)
@@ -92,7 +90,7 @@ def _live_clue(record: Record, name: str) -> m.LiveClue:
     pieces, former = live_pieces(record, name), record.former
     own = [piece.box for piece in pieces]
     elsewhere = {}
-    for group, facts in sorted(record.wants.items())[:MAX_GROUPS] if own else ():
+    for group, facts in sorted(record.wants.items())[: m.MAX_GROUPS] if own else ():
         boxes = facts[name].boxes if name in facts and not facts[name].why_arrived else ()
         if group != record.group and [box.sizes for box in boxes] == [box.sizes for box in own]:
             moved = [Piece(p.spec, box, p.tensor) for p, box in zip(pieces, boxes, strict=True)]
@@ -101,7 +99,8 @@ def _live_clue(record: Record, name: str) -> m.LiveClue:
         former=former.version if former else None,
         former_sums=_digest(pieces, former.seed) if former else (0, 0),
         elsewhere=elsewhere,
-        boxes=[_span(box) for box in own],
+        pieces=len(own),
+        box=_span(bounding(own)) if own else None,
         shape=list(pieces[0].spec.shape) if pieces else [],
     )
 
@@ -123,7 +122,7 @@ def _sent_clue(record: Record, name: str, group: int, source: Held) -> m.SentClu
         former_sums=total(_pair(former.sums[row]) for row, _ in rows) if former else (0, 0),
         elsewhere={
             other: total(_pair(record.sums[row]) for row, _ in record.ledger.rows(name, other))
-            for other in record.ledger.groups[:MAX_GROUPS]
+            for other in record.ledger.groups[: m.MAX_GROUPS]
         },
         now=now,
         why=why,
