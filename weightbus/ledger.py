@@ -57,6 +57,7 @@ class Ledger:
         self._launched: list[tuple[slice, Callable[[], Sums]]] = []
         self._keys: tuple[bytes, NameKeys] = b"", {}
         self._nbytes = [entry.part.tensor.nbytes for entry in self._entries]
+        self._rows: dict[str, list[tuple[int, Entry]]] = {}
         self._selections: dict[tuple[int, tuple[str, ...] | None, bool], tuple[list[int], list[str], int]] = {}
 
     def launch(self, stage: Stage, seed: bytes) -> bool:
@@ -132,10 +133,12 @@ class Ledger:
             totals[name] = ((a + x) % P, (b + y) % P)
         return totals
 
-    def rows(self, name: str, group: int) -> list[tuple[int, Entry]]:
-        """Rows of ``sums`` that are of a group's boxes of one tensor, with their entries."""
-        rows = enumerate(self._entries)
-        return [(i, entry) for i, entry in rows if entry.part.spec.name == name and group in entry.groups]
+    def rows(self, name: str) -> list[tuple[int, Entry]]:
+        """Rows of ``sums`` that are of one tensor, with their entries."""
+        if not self._rows:
+            for row, entry in enumerate(self._entries):
+                self._rows.setdefault(entry.part.spec.name, []).append((row, entry))
+        return self._rows.get(name, [])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

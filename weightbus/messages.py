@@ -391,7 +391,7 @@ class Failure(Record):
 class Outcome(Message, tag="outcome"):
     """The end for every member, decided once. ``moved``: bytes may have been written.
 
-    digest_s: the longest that a member took to digest, after its transfers or in a check.
+    digest_s: the longest that a server rank took to digest, after its transfers or in a check.
     """
 
     update: Count

@@ -354,7 +354,7 @@ class Coordinator:
             exempt={name: why for done in round.dones.values() for name, why in sorted(done.exempt.items())},
             epoch=self.epoch,
             seconds=now - round.started,
-            digest_s=max((done.stages.get("verify", 0.0) for done in round.dones.values()), default=0.0),
+            digest_s=max((laps.get("verify", 0.0) for laps in self._server_stages(round)), default=0.0),
             trainers=sum(member.trainer is not None for member in round.members.values()),
             replicas=sorted({server.replica for server in servers}),
             servers=len(servers),
@@ -362,6 +362,10 @@ class Coordinator:
         recipients = [p for p in (round.members or round.answers) if p in self.roster.peers]
         self.round = None
         self._send(recipients, outcome)
+
+    def _server_stages(self, round: Round) -> list[dict[str, float]]:
+        members = round.members
+        return [done.stages for peer, done in round.dones.items() if members[peer].server]
 
     def _refuse_enter(self, message: m.Enter, reason: str) -> None:
         failure = m.Failure(rank=str(self.roster.peers[message.peer]), tensor=None, reason=reason)

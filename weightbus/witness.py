@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from weightbus import messages as m
@@ -20,7 +22,7 @@ from weightbus.errors import UpdateError
 from weightbus.install import Target
 from weightbus.judge import Pair, total
 from weightbus.layout import Part
-from weightbus.ledger import Record
+from weightbus.ledger import Record, Sums
 from weightbus.narrow import bounding
 from weightbus.spec import Spec
 
@@ -106,12 +108,11 @@ def _live_clue(record: Record, name: str) -> m.LiveClue:
 
 
 def _sent_clue(record: Record, name: str, group: int, source: Held) -> m.SentClue:
-    rows = record.ledger.rows(name, group)
     former = record.former
     now, why = None, ""
     try:
         now = _digest(sent_pieces(record, name, group, source), record.seed)
-        if now != total(_pair(record.sums[row]) for row, _ in rows):
+        if now != _kept(record, record.sums, name, group):
             now, why = None, "the source has moved on"
     except UpdateError:
         why = "the source has moved on"
@@ -119,14 +120,18 @@ def _sent_clue(record: Record, name: str, group: int, source: Held) -> m.SentClu
         why = f"the source can't be digested ({type(error).__name__}: {error})"
     return m.SentClue(
         former=former.version if former else None,
-        former_sums=total(_pair(former.sums[row]) for row, _ in rows) if former else (0, 0),
+        former_sums=_kept(record, former.sums, name, group) if former else (0, 0),
         elsewhere={
-            other: total(_pair(record.sums[row]) for row, _ in record.ledger.rows(name, other))
-            for other in record.ledger.groups[: m.MAX_GROUPS]
+            other: _kept(record, record.sums, name, other) for other in sorted(record.wants)[: m.MAX_GROUPS]
         },
         now=now,
         why=why,
     )
+
+
+def _kept(record: Record, sums: Sums, name: str, group: int) -> Pair:
+    rows = record.ledger.rows(name)
+    return total(_pair(sums[row]) for row, entry in rows if group in entry.groups)
 
 
 def live_pieces(record: Record, name: str) -> list[Piece]:
@@ -143,7 +148,9 @@ def sent_pieces(record: Record, name: str, group: int, source: Held) -> list[Pie
     Raises UpdateError where the source's boxes are not those of then.
     """
     found = []
-    for _, entry in record.ledger.rows(name, group):
+    for _, entry in record.ledger.rows(name):
+        if group not in entry.groups:
+            continue
         held = source.get(name, ())
         part = next((part for part in held if part.box.intersect(entry.part.box) == entry.part.box), None)
         if part is None:
@@ -158,7 +165,7 @@ def answer(evidence: Sequence[Evidence], question: m.Question, source: Held) -> 
     one = evidence[question.job]
     record = one.sent if question.sent else one.live
     if record is None:
-        raise UpdateError(f"{question.tensor}: this rank has no record of version's job {question.job}")
+        raise UpdateError(f"{question.tensor}: expected a record of job {question.job}, got none")
     if question.sent:
         pieces = sent_pieces(record, question.tensor, question.group, source)
     else:
@@ -191,7 +198,7 @@ def _digest(pieces: Sequence[Piece], seed: bytes) -> Pair:
     return total(map(_pair, sums))
 
 
-def _pair(row: Sequence[int]) -> Pair:
+def _pair(row: Sequence[int] | npt.NDArray[np.uint64]) -> Pair:
     return int(row[0]), int(row[1])
 
 
