@@ -19,6 +19,7 @@ from weightbus import Digest, SpecError, combine, model_digest, tensor_digest
 from weightbus.box import Box
 from weightbus.digest import STABLE_SEED, Digester, P, digester, fold, model_digest_of, sub_part
 from weightbus.errors import CoverageError, DigestError
+from weightbus.once import say_once
 
 SEED = bytes(range(32))
 
@@ -228,7 +229,7 @@ def test_parameters_and_tensors_that_require_grad() -> None:
 
 
 def test_places_beyond_the_fast_ones_are_left_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:
-    digester._say_once.cache_clear()
+    say_once.cache_clear()
     tensor = random_tensor(random.Random(6), 1, (3, 64))
     for shape, offset, spoken in (((2**42, 64), 2**42 - 3, 0), ((2**43, 64), 2**43 - 3, 1)):
         box = Box((offset, 0), (3, 64))
@@ -242,7 +243,7 @@ def test_without_the_extension_it_says_so_once_with_the_cure(
 ) -> None:
     part = part_of(random_tensor(random.Random(5), 2, (9, 50)))
     fast = Digester([part]).sums(SEED)
-    digester._say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setitem(sys.modules, "weightbus.digest.cpu", None)  # as where it was not built
     with caplog.at_level(logging.WARNING, "weightbus"):
         for _ in range(3):
@@ -255,9 +256,10 @@ def test_without_the_extension_it_says_so_once_with_the_cure(
 def test_without_cupy_the_cure_is_the_extra_for_its_cuda(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    digester._say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "weightbus.digest.cuda", raising=False)
+    for module in ("weightbus.digest.cuda", "weightbus.cuda_kernels"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     part = part_of(torch.arange(9))
     with caplog.at_level(logging.WARNING, "weightbus"):
