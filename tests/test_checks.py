@@ -106,7 +106,7 @@ def test_an_update_that_arrives_wrong_is_torn_with_the_place_and_the_next_one_me
 
 def interleaved_server(rank, size, *, address):
     """``a`` in every other row of a parameter: a box for each row."""
-    both = torch.nn.Parameter(torch.zeros(1200, 4))
+    both = torch.nn.Parameter(torch.zeros(600, 4))
     both.weight_loader = lambda param, loaded, which: param.data[which::2].copy_(loaded)
 
     def committed(version):
@@ -120,7 +120,7 @@ def interleaved_server(rank, size, *, address):
 
 def interleaved_trainer(rank, size, *, address):
     with weightbus.Publisher(
-        [("a", torch.ones(600, 4)), ("b", torch.ones(600, 4))], address=address, join_timeout_s=30
+        [("a", torch.ones(300, 4)), ("b", torch.ones(300, 4))], address=address, join_timeout_s=30
     ) as publisher:
         return publisher.update(1).word, publisher.check()
 
@@ -133,7 +133,7 @@ def test_a_tensor_in_very_many_pieces_is_named_but_not_narrowed(address):
     word, verdict = found
     assert word == "verified"
     ((name, where),) = [(m.tensor, m.where) for m in verdict.mismatches]
-    assert (name, where) == ("a", "not narrowed, as it lies in 600 pieces")
+    assert (name, where) == ("a", "not narrowed, as it lies in 300 pieces")
 
 
 # -- what no wire tensor's digest tells of ---------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weightbus.box import Box
+from weightbus.box import Box, overlap
 from weightbus.errors import SpecError
 from weightbus.facts import Facts, Holding
 from weightbus.hook import Hook, NotALoader, Traces, load_weights_hooks, weight_loader_hook
@@ -273,7 +273,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _meet(one: Effect | None, other: Effect | None) -> bool:
-    return bool(one and other and any(a.intersect(b) for a in one.targets for b in other.targets))
+    return bool(one and other and overlap(one.targets, other.targets))
 
 
 def _gap(whole: Box, boxes: Sequence[Box]) -> Box:

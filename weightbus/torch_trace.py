@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weightbus.box import Box
+from weightbus.box import Box, overlap
 from weightbus.trace import Effect, Grid, Piece, Untraceable, View, fills_of, pieces_of
 
 _aten = torch.ops.aten
@@ -71,10 +71,9 @@ def trace_many(
             raise Untraceable(f"it gives {name} another storage")
     boxes: dict[str, list[Box]] = {}
     for piece in (piece for effect in recorder.effects.values() for piece in effect.pieces):
-        before = boxes.setdefault(piece.wire, [])
-        if any(piece.box.intersect(other) for other in before):
-            raise Untraceable("it writes an element to two places")
-        before.append(piece.box)
+        boxes.setdefault(piece.wire, []).append(piece.box)
+    if any(overlap(found) for found in boxes.values()):
+        raise Untraceable("it writes an element to two places")
     return Traced(recorder.effects, recorder.casts)
 
 
@@ -106,6 +105,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sources: dict[int, tuple[Tensor, Tensor | None]] = {
             _storage(wire): (wire, None) for wire in wires.values()
         }
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing here is compiled, and to be skipped by torch._dynamo takes seconds to import it."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

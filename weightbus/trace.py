@@ -9,7 +9,7 @@ from itertools import product
 
 from torch import Tensor
 
-from weightbus.box import Box
+from weightbus.box import Box, overlap
 
 # More pieces than this say that a tensor is scattered rather than cut into boxes.
 MAX_PIECES = 4096
@@ -96,16 +96,14 @@ class Effect:
 
     def copied(self, new: Sequence[Piece]) -> Effect:
         """This effect, then copies."""
-        for one, other in product(self.pieces, new):
-            if one.target.intersect(other.target):
-                raise Untraceable("it writes an element twice")
+        if overlap([piece.target for piece in self.pieces], [piece.target for piece in new]):
+            raise Untraceable("it writes an element twice")
         return Effect((*self.pieces, *new), _without(self.fills, [piece.target for piece in new]))
 
     def filled(self, new: Sequence[Fill]) -> Effect:
         """This effect, then fills."""
-        for one, other in product(self.pieces, new):
-            if one.target.intersect(other.target):
-                raise Untraceable("it overwrites what it has copied")
+        if overlap([piece.target for piece in self.pieces], [fill.target for fill in new]):
+            raise Untraceable("it overwrites what it has copied")
         return Effect(self.pieces, (*_without(self.fills, [fill.target for fill in new]), *new))
 
 
