@@ -41,14 +41,16 @@ class Broadcast:
         *,
         check: Callable[[], None],
         progress: Callable[[int], None],
+        meanwhile: Callable[[], None] = lambda: None,
         after: Mark = None,
         pause_s: float = 0.0,
     ) -> None:
         """Send, receive and install everything; returns once it is in place.
 
         seed: digest both ends under it, as they come; ``collect`` on both ledgers waits for the sums.
-        check: raises once the update has ended elsewhere. progress: told the bytes of each finished wave.
-        after: the source is ready then. pause_s: of the host between two looks at what is done.
+        check: raises once the update has ended elsewhere. meanwhile: called once, while bytes move.
+        progress: told the bytes of each finished wave. after: the source is ready then. pause_s: of the
+        host between two looks at what is done.
         """
         lanes, compiled = self.lanes, self.compiled
         lanes.begin(after)
@@ -58,6 +60,8 @@ class Broadcast:
             for index, wave in enumerate(compiled.waves):
                 check()
                 pending.append((index, wave, *self._start(index, wave, seed)))
+                if index == 0 and not lanes.overlap:
+                    meanwhile()
                 while len(pending) > ahead:
                     self._finish(*pending.popleft(), seed, check, progress)
             while pending:
@@ -69,6 +73,7 @@ class Broadcast:
                 self.sent.prepare(seed)
                 self.live.prepare(seed)
             if lanes.overlap:
+                meanwhile()
                 for wave, mark in zip(compiled.waves, self._ended, strict=True):
                     wait_for(mark, check, pause_s=pause_s)
                     progress(wave.nbytes)

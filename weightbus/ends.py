@@ -31,13 +31,20 @@ class _End:
         self.source: Source = source if _rereadable(source) else list(source)  # type: ignore[arg-type]
         self.layout: Layout = layout_of(self.source)
         self._records: dict[str, Record] = {}
+        self._changed = False
 
     def refresh(self) -> bool:
         """Whether tensors have been replaced or moved since the layout was made; it is then made again."""
-        if self.layout.moved() is None:
+        if not self._changed and self.layout.moved() is None:
             return False
-        self.layout = layout_of(self.source)
+        self.layout, self._changed = layout_of(self.source), False
         return True
+
+    def changed(self) -> str | None:
+        """As ``Layout.changed``; the next ``refresh`` makes the layout again."""
+        name = self.layout.changed()
+        self._changed = name is not None
+        return name
 
     def _keys(self, modules: Sequence[str] | None) -> Sequence[str]:
         return modules if modules is not None else self.layout.modules or ("",)
@@ -174,6 +181,7 @@ class Destination(_End):
         if record is None or any(other is not record for other in held) or record.seed != job.seed:
             version = record.version if record else "none"
             raise UpdateError(f"expected version {job.version}, got {version}; this rank is {self.state}")
+        self.changed()
         if self.refresh() or (record.target is not None and record.target.base is not self.layout):
             return self._relive(record, job)
         return record

@@ -65,7 +65,7 @@ class Lanes:
         if self.overlap:
             now = torch.cuda.current_stream(self.device).record_event()
             for lane in self._all:
-                lane.after(now)
+                lane.stream.wait_event(now)
                 lane.after(after)
 
     def end(self) -> None:

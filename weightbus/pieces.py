@@ -22,7 +22,7 @@ _LONG_BYTES = 1 << 16  # more than this is not copied byte by byte, but left to 
 
 
 class Piece(NamedTuple):
-    """The fields of ``Piece`` in csrc/copy.cu, but for the tile: addresses, units of a row, pitches in bytes."""
+    """The fields of ``Piece`` in csrc/copy.cu, but the tile: addresses, units of a row, pitches in bytes."""
 
     src: int
     dst: int

@@ -26,10 +26,12 @@ SOLO_BYTES = 1 << 20
 PIECES_PER_BUCKET = 4
 
 # A wave may be so many times as long as a bucket, where the rest of it uses no bucket on any rank.
-BUCKETS_PER_WAVE = 4
+BUCKETS_PER_WAVE = 16
 
-# The first waves are shorter by these factors, as the link stands still until the first one is packed.
+# The first waves are shorter, as the link stands still until the first one is packed and launched; and so are
+# the last ones, as what they bring has still to be installed and digested: each is half of what is left.
 FIRST_WAVES = (1 / 16, 1 / 4)
+LEAST_WAVE = 1 / 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,9 @@ class _Waves:
     """Waves being filled: the current one has a transfer for each large box, and for each sending rank
     one bucket of small ones, which is closed with the wave."""
 
-    def __init__(self, bucket_bytes: int) -> None:
+    def __init__(self, bucket_bytes: int, total_bytes: int) -> None:
         self.bucket_bytes = bucket_bytes
+        self._left_bytes = total_bytes
         self.closed: list[tuple[Transfer, ...]] = []
         self._start()
 
@@ -100,9 +103,7 @@ class _Waves:
         """direct: no rank needs a bucket for it."""
         room = -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
         staged = 0 if direct else room
-        turn = len(self.closed)
-        limit = self.bucket_bytes * (FIRST_WAVES[turn] if turn < len(FIRST_WAVES) else 1)
-        if self._nbytes + room > BUCKETS_PER_WAVE * limit or self._staged_bytes + staged > limit:
+        if self._nbytes + room > self._limit(BUCKETS_PER_WAVE) or self._staged_bytes + staged > self._limit(1):
             self.close()
         self._nbytes += room
         self._staged_bytes += staged
@@ -113,7 +114,14 @@ class _Waves:
             self._slots.setdefault(src, []).append(Slot(tensor, box, offset))
             self._fill[src] = offset + room
 
+    def _limit(self, buckets: int) -> float:
+        """Of the current wave, with a whole one of so many buckets."""
+        whole, turn = buckets * self.bucket_bytes, len(self.closed)
+        first = FIRST_WAVES[turn] if turn < len(FIRST_WAVES) else 1.0
+        return min(first * whole, max(LEAST_WAVE * whole, self._left_bytes / 2))
+
     def close(self) -> None:
+        self._left_bytes -= self._nbytes
         small = [Transfer(src, self._fill[src], tuple(slots)) for src, slots in self._slots.items()]
         if self._solo or small:
             self.closed.append((*self._solo, *small))
@@ -135,7 +143,7 @@ def plan_broadcast(
     specs = wire_specs(manifest, wants)
     lengths = dict.fromkeys(sources, 0)
     piece_bytes = bucket_bytes // PIECES_PER_BUCKET
-    waves = _Waves(bucket_bytes)
+    waves = _Waves(bucket_bytes, sum(spec.nbytes for spec in specs))
     # With several senders, each of them needs a bucket for what the others send.
     alone = in_place and len(sources) == 1
     distinct = list({id(want.facts): want.facts for want in wants}.values())

@@ -37,6 +37,8 @@ DIGESTS = 16
 # An update in the background looks this often whether bytes have moved, and leaves the interpreter alone.
 BACKGROUND_PAUSE_S = 0.0005
 
+CHANGED_IN_PLACE = "expected shape, strides and dtype as planned, got others at the same address"
+
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
 
@@ -79,7 +81,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class SourceCopy:
     """What a trainer rank sends instead of its live source. filled: reached once it is complete."""
 
     frozen: Frozen
@@ -89,8 +91,8 @@ class Snapshot:
 class Turn:
     """State of this rank from the offer to the outcome."""
 
-    def __init__(self, session: Session, progress: Progress, snapshot: Snapshot | None) -> None:
-        self.session, self.progress, self.snapshot = session, progress, snapshot
+    def __init__(self, session: Session, progress: Progress, copied: SourceCopy | None) -> None:
+        self.session, self.progress, self.copied = session, progress, copied
         self.offer: m.Offer | None = None
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
@@ -114,10 +116,10 @@ class Turn:
 
     @property
     def _planned(self) -> Planned | None:
-        return self.session.plan(self._offer.plan, frozen=self.snapshot is not None)
+        return self.session.plan(self._offer.plan, frozen=self.copied is not None)
 
     def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
-        return self.snapshot.frozen.parts if self.snapshot else origin.layout.parts
+        return self.copied.frozen.parts if self.copied else origin.layout.parts
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
@@ -165,7 +167,7 @@ class Turn:
         """Notice those that were replaced or moved; then the engine stops using the weights."""
         session = self.session
         # A trainer rank does so here, while server ranks do, and not before the hub is told of the update.
-        sends = self._me.trainer is not None and self.snapshot is None
+        sends = self._me.trainer is not None and self.copied is None
         if sends and session.origin and session.origin.refresh():
             session.forget_plans()
         if self._me.server and session.destination:
@@ -178,7 +180,7 @@ class Turn:
         try:
             if gathered.of == "wants":
                 planned = self._plan(gathered)
-                session.keep_plan(self._offer.plan, planned, frozen=self.snapshot is not None)
+                session.keep_plan(self._offer.plan, planned, frozen=self.copied is not None)
                 self._ready(planned)
                 return
             self._sources = gathered
@@ -274,8 +276,9 @@ class Turn:
                 seed if verify else None,
                 check=look,
                 progress=moved,
-                after=self.snapshot.filled if self.snapshot else None,
-                pause_s=BACKGROUND_PAUSE_S if self.snapshot else 0.0,
+                meanwhile=self._check_tensors,
+                after=self.copied.filled if self.copied else None,
+                pause_s=BACKGROUND_PAUSE_S if self.copied else 0.0,
             )
             if planned.target:
                 planned.target.fill()
@@ -306,6 +309,19 @@ class Turn:
                 live=record(planned.live, planned.target, session.destination) if self._me.server else None,
             )
         ]
+
+    def _check_tensors(self) -> None:
+        """Raise if a tensor has changed its shape, strides or dtype in place: its bytes went by the old ones.
+
+        Done while bytes move, when it costs no time. Whatever was replaced or moved was noticed before.
+        """
+        ends = (
+            (self.session.origin, self._me.trainer is not None and self.copied is None),
+            (self.session.destination, self._me.server is not None),
+        )
+        for end, takes_part in ends:
+            if end is not None and takes_part and (name := end.changed()) is not None:
+                raise UpdateError(f"{name}: {CHANGED_IN_PLACE}")
 
     def _look(self, deadline: float) -> Callable[[], None]:
         """A function to call while waiting: raises once the hub has ended the update, or too late."""
