@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from weightbus import Digest, SpecError, combine, model_digest, tensor_digest
 from weightbus.box import Box
-from weightbus.digest import STABLE_SEED, Digester, P, digester, fold, model_digest_of, sub_part
+from weightbus.digest import (
+    STABLE_SEED,
+    Digester,
+    NameKeys,
+    P,
+    digester,
+    fold,
+    fold_with,
+    model_digest_of,
+    sub_part,
+)
 from weightbus.errors import CoverageError, DigestError
 from weightbus.once import say_once
 
@@ -266,3 +276,28 @@ def test_without_cupy_the_cure_is_the_extra_for_its_cuda(
         found = digester._implementation([part], torch.device("cuda"))
     assert np.array_equal(found.launch(SEED, None)(), Digester([part]).sums(SEED))
     assert [r.message.endswith("cure: pip install 'weightbus[cuda12]'") for r in caplog.records] == [True]
+
+
+def test_keys_of_names_with_and_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of every length around SHA-256's blocks, empty and beyond ASCII."""
+    names = ["", *("layer.µ."[: n % 9] + "x" * n for n in range(200)), "再" * 70]
+    sums = np.random.default_rng(0).integers(0, P, (len(names), 2), dtype=np.uint64)
+    keys = NameKeys(names).under(SEED)
+    for row, name in zip(keys.tolist(), names, strict=True):
+        for lane, key in enumerate(row):
+            text = b"weightbus fold v1\0" + SEED + bytes([lane]) + name.encode()
+            assert key == int.from_bytes(hashlib.sha256(text).digest()[:16], "little") % P, name
+    found = fold_with(keys, sums)
+    monkeypatch.setattr(sys.modules["weightbus.digest.fold"], "_extension", None)
+    assert np.array_equal(NameKeys(names).under(SEED), keys)
+    assert fold_with(keys, sums) == found
+
+
+def test_the_extension_refuses_what_does_not_fit() -> None:
+    extension = pytest.importorskip("weightbus.digest._grid61")
+    keys = np.zeros((2, 2), np.uint64)
+    for ends in ([1, 4], [2, 1], [3, 3, 3], []):
+        with pytest.raises(ValueError, match="name_keys"):
+            extension.name_keys(b"abc", np.array(ends, np.int64), b"", keys)
+    with pytest.raises(ValueError, match="fold"):
+        extension.fold(keys, keys[:1])

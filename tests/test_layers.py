@@ -18,7 +18,7 @@ PACKAGE = "weightbus"
 
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
-    1: ("errors", "box", "spec", "facts", "plan", "narrow"),
+    1: ("errors", "box", "spec", "facts", "plan", "narrow", "exports", "peer_plan", "runs"),
     2: (
         "part",
         "layout",
@@ -54,13 +54,19 @@ LAYERS = {
         "group",
         "torch_group",
         "broadcast",
+        "driver",
+        "kernel_copies",
+        "ipc",
+        "sharing",
+        "loopback",
+        "peer",
         "progress",
         "disk",
         "joined",
         "sha256_ranks",
         "sha256_check",
     ),
-    4: ("report", "ends", "witness", "turn", "session", "publisher", "subscriber"),
+    4: ("report", "ends", "witness", "planned", "turn", "session", "publisher", "subscriber", "colocated"),
     5: ("cli", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

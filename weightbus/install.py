@@ -260,7 +260,12 @@ class Target:
         }
 
     def writes(self, wire: str, box: Box) -> list[tuple[Tensor, Box]]:
-        """Where the elements of ``box`` live: views of the parameter, each with the box that it takes."""
+        """Where the elements of ``box`` live: views of the parameter, each with the box that it takes.
+
+        None for a tensor that a hook takes whole.
+        """
+        if wire in self.hooks:
+            return []
         return [
             (view[inner.within(own)], inner)
             for own, view in self.live(wire)
