@@ -18,7 +18,7 @@ PACKAGE = "weightbus"
 
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
-    1: ("errors", "box", "spec", "facts", "plan", "exports", "peer_plan", "runs"),
+    1: ("errors", "box", "spec", "facts", "plan", "narrow", "exports", "peer_plan", "runs"),
     2: (
         "part",
         "layout",
@@ -34,6 +34,7 @@ LAYERS = {
         "bucket",
         "trace",
         "torch_trace",
+        "hook",
         "install",
         "digest",
         "ledger",
@@ -45,6 +46,7 @@ LAYERS = {
     3: (
         "messages",
         "roster",
+        "judge",
         "protocol",
         "hub",
         "link",
@@ -64,7 +66,7 @@ LAYERS = {
         "sha256_ranks",
         "sha256_check",
     ),
-    4: ("report", "ends", "planned", "turn", "session", "publisher", "subscriber", "colocated"),
+    4: ("report", "ends", "witness", "planned", "turn", "session", "publisher", "subscriber", "colocated"),
     5: ("cli", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -8,7 +8,7 @@ from typing import Any
 
 from weightbus.bucket import Compiled, Wave
 from weightbus.group import Group
-from weightbus.install import Hook
+from weightbus.hook import Hook
 from weightbus.lanes import Lanes, Mark, wait_for
 from weightbus.ledger import Ledger
 

@@ -155,7 +155,10 @@ class Hub:
                 if message.peer in peers:
                     peers[message.peer].heard = now
                 return m.Alive(known=message.peer in peers)
-            case m.Leave() | m.Enter() | m.Facts() | m.Ready() | m.Refuse() | m.Done() | m.Sums():
+            case (
+                m.Leave() | m.Enter() | m.Facts() | m.Ready() | m.Refuse()
+                | m.Done() | m.Sums() | m.Clues() | m.Probed()
+            ):  # fmt: skip
                 if self._identities.get(message.peer) != identity:
                     raise ProtocolError(f"{type(message).__name__}: peer {message.peer!r} is not known here")
                 peers[message.peer].heard = now

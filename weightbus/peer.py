@@ -17,7 +17,8 @@ from weightbus.bucket import Staging, torch_dtype
 from weightbus.driver import EngineCopies
 from weightbus.exports import Place
 from weightbus.facts import Facts
-from weightbus.install import Hook, Target
+from weightbus.hook import Hook
+from weightbus.install import Target
 from weightbus.ipc import Import, SharedImport, view_of
 from weightbus.kernel_copies import KernelCopies
 from weightbus.lanes import Lanes, Mark, wait_for

@@ -125,6 +125,10 @@ class Session:
                         return turn.ended(ended)
                 case m.Detail():
                     turn.detail(message)
+                case m.Suspects():
+                    turn.suspects(message)
+                case m.Probe():
+                    turn.probe(message)
                 case m.Outcome():
                     return turn.ended(message)
                 case m.Farewell():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,13 @@ from weightbus.peer import CompiledPeer, Peer
 from weightbus.plan import Want, merge_sources
 from weightbus.planned import Planned, Settings, Survey, make_planned
 from weightbus.sharing import Sharing
+from weightbus.witness import Evidence, answer, clue, hidden_sums, spoiled, tensor_sums
 
 if TYPE_CHECKING:
-    from weightbus.ends import Origin
+    from weightbus.ends import Destination, Origin
     from weightbus.session import Session
+
+log = logging.getLogger("weightbus")
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
@@ -58,16 +62,6 @@ class Progress:
     moved: int = 0
     wrote: bool = False
     choice: Choice | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What this rank can fold for one job: of what it sent, of what it holds live."""
-
-    sent: Record | None
-    live: Record | None
-    modules: Sequence[str] | None = None
-    live_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +299,8 @@ class Turn:
                 after=self.copied.filled if self.copied else None,
                 pause_s=BACKGROUND_PAUSE_S if self.copied else 0.0,
             )
+            if planned.target:
+                planned.target.fill()
         finally:
             progress.wrote |= route.wrote
         self._lap("transfer")
@@ -313,7 +309,7 @@ class Turn:
             planned.live.collect()
             self._lap("verify")
 
-        def record(ledger: Ledger, target: Target | None) -> Record:
+        def record(ledger: Ledger, target: Target | None, end: Origin | Destination | None) -> Record:
             return Record(
                 version=offer.version,
                 plan=offer.plan,
@@ -322,12 +318,16 @@ class Turn:
                 sums=ledger.sums.copy(),
                 group=planned.group,
                 target=target,
+                wants=planned.wants,
+                former=end.former(ledger, offer.modules) if end else None,
             )
 
         self._evidence = [
             Evidence(
-                sent=record(planned.sent, None) if self._me.trainer is not None else None,
-                live=record(planned.live, planned.target) if self._me.server else None,
+                sent=record(planned.sent, None, self.session.origin) if self._me.trainer is not None else None,
+                live=record(planned.live, planned.target, self.session.destination)
+                if self._me.server
+                else None,
             )
         ]
 
@@ -375,8 +375,9 @@ class Turn:
         return look
 
     def _done(self, error: str = "") -> None:
-        sent, live, wrong = [], [], []
+        sent, live, wrong, hidden = [], [], [], []
         arrived: dict[str, str] = {}
+        exempt: dict[str, str] = {}
         if not error and (self._offer.verify or self._offer.kind == "check"):
             for job, evidence in enumerate(self._evidence):
                 if evidence.sent:
@@ -385,7 +386,10 @@ class Turn:
                     live.append(self._fold(job, evidence.live, evidence.live.group))
                     if (target := evidence.live.target) is not None:
                         arrived |= target.arrived()
-                        wrong += target.spoiled_fills()
+                        wrong += spoiled(target)
+                        if self._offer.kind == "check":
+                            hidden.append(hidden_sums(job, target, evidence.live.seed))
+                            exempt |= target.exempt
         self.session.link.send(
             m.Done(
                 peer=self.session.link.peer,
@@ -394,6 +398,8 @@ class Turn:
                 live=live,
                 arrived=arrived,
                 wrong=wrong,
+                hidden=hidden,
+                exempt=exempt,
                 error=error,
                 stages=self.progress.stages,
             )
@@ -426,18 +432,34 @@ class Turn:
 
     def detail(self, detail: m.Detail) -> None:
         """Sums of the single tensors where folds differ."""
-        sent: list[m.TensorSums] = []
-        live: list[m.TensorSums] = []
-        for job, group in detail.groups:
-            evidence = self._evidence[job]
-            for record, found in ((evidence.sent, sent), (evidence.live, live)):
-                if record and (record is evidence.sent or record.group == group):
-                    sums = record.ledger.by_tensor(
-                        record.sums, group, evidence.modules, live_only=evidence.live_only
-                    )
-                    found.append(m.TensorSums(job=job, group=group, sums=sums))
+        sent, live = tensor_sums(self._evidence, detail.groups)
         peer = self.session.link.peer
         self.session.link.send(m.Sums(peer=peer, update=self._offer.update, sent=sent, live=live))
+
+    @property
+    def _held(self) -> Mapping[str, Sequence[Part]]:
+        return self._parts(self.session.origin) if self.session.origin else {}
+
+    def suspects(self, suspects: m.Suspects) -> None:
+        """What this rank knows of tensors that are wrong somewhere."""
+        try:
+            clues = [clue(self._evidence, suspect, self._held) for suspect in suspects.suspects]
+        except Exception as caught:
+            # The verdict stands without them.
+            log.warning("clues: %s", explain(caught))
+            clues = []
+        peer = self.session.link.peer
+        self.session.link.send(m.Clues(peer=peer, update=self._offer.update, clues=clues))
+
+    def probe(self, probe: m.Probe) -> None:
+        """Sums of boxes of them."""
+        sums, error = [], ""
+        try:
+            sums = [answer(self._evidence, question, self._held) for question in probe.questions]
+        except Exception as caught:
+            error = explain(caught)
+        peer = self.session.link.peer
+        self.session.link.send(m.Probed(peer=peer, update=self._offer.update, sums=sums, error=error))
 
     # -- the end -----------------------------------------------------------------------------------
 
