@@ -35,8 +35,8 @@ def gpus() -> Iterator[str]:
     rows, peer = rows_of("update-h100"), rows_of("peer-h100")
     model = {"model": "qwen3-8b"}
     raw = find(rows, **model, case="bf16", what="raw broadcast of one buffer")
-    yield "Two H100 joined by NVLink, Qwen3-8B's shapes (399 tensors, 16.4 GB), one trainer and one server rank; medians of"
-    yield "`update()` from the call to the commit on all ranks"
+    yield "Two H100 joined by NVLink, Qwen3-8B's shapes (399 tensors, 16.4 GB), one trainer and one server"
+    yield "rank; medians of `update()`, from the call to the commit on all ranks"
     yield "([update](benchmarks/results/update-h100.json), [peer](benchmarks/results/peer-h100.json)):"
     yield ""
     yield "| what | ms | GB/s | of the raw broadcast of the same run |"
@@ -58,8 +58,8 @@ def gpus() -> Iterator[str]:
     hashed = find(rows, **model, case="check", what=".cpu() and hashlib's SHA-256, a piece of the model")
     if check and hashed:
         yield (
-            f"`publisher.check()` of both ends takes {check['p50_s'] * 1e3:.1f} ms; copying to the host and SHA-256 there "
-            f"runs at {hashed['nbytes'] / hashed['p50_s'] / 1e9:.2f} GB/s in the same run."
+            f"`publisher.check()` of both ends takes {check['p50_s'] * 1e3:.1f} ms; copying to the host and "
+            f"SHA-256 there runs at {hashed['nbytes'] / hashed['p50_s'] / 1e9:.2f} GB/s in the same run."
         )
         yield ""
 
