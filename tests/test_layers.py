@@ -44,8 +44,13 @@ LAYERS = {
         "broadcast",
         "progress",
         "disk",
+        "digest_list",
+        "payload",
+        "reading",
+        "tasks",
+        "asking",
     ),
-    4: ("report", "ends", "turn", "session", "publisher", "subscriber"),
+    4: ("report", "ends", "turn", "load", "save", "task_turn", "session", "publisher", "subscriber"),
     5: ("cli", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -57,6 +62,8 @@ TORCH_FREE = (
     "weightbus.protocol",
     "weightbus.hub",
     "weightbus.disk",
+    "weightbus.payload",
+    "weightbus.asking",
     "weightbus.cli",
 )
 

@@ -88,8 +88,8 @@ class Destination(_End):
         *,
         name_map: NameMap | None,
         local: Sequence[str],
-        on_update: Callable[[int], None] | None,
-        on_commit: Callable[[int], None] | None,
+        on_update: Callable[[int | None], None] | None,
+        on_commit: Callable[[int | None], None] | None,
         on_torn: Callable[[WeightbusError], None] | None,
         on_refused: Callable[[WeightbusError], None] | None,
     ) -> None:
@@ -104,14 +104,18 @@ class Destination(_End):
         self.error: WeightbusError | None = None
         self._before: State = "empty"
         self._traces: Traces = {}
+        self._loaded: dict[str, str] = {}
 
-    def target(self, manifest: Mapping[str, Spec], modules: Sequence[str] | None) -> Target:
+    def target(
+        self, manifest: Mapping[str, Spec], modules: Sequence[str] | None, *, partial: bool = False
+    ) -> Target:
+        """partial: destinations that the manifest does not feed stay as they are."""
         return Target(
             self.layout,
             modules,
             manifest,
             name_map=self._name_map,
-            local=self._local,
+            local=("*",) if partial else self._local,
             traces=self._traces,
         )
 
@@ -120,7 +124,8 @@ class Destination(_End):
         held = [self._records.get(key) for key in self._keys(job.modules)]
         record = held[0]
         if record is None or any(other is not record for other in held) or record.seed != job.seed:
-            version = record.version if record else "none"
+            loaded = [self._loaded[key] for key in self._keys(job.modules) if key in self._loaded]
+            version = loaded[0] if loaded else f"version {record.version}" if record else "none"
             raise UpdateError(f"expected version {job.version}, got {version}; this rank is {self.state}")
         if self.refresh() or (record.target is not None and record.target.base is not self.layout):
             return self._relive(record, job)
@@ -135,7 +140,16 @@ class Destination(_End):
         self.commit(moved, job.modules)
         return moved
 
-    def before(self, version: int) -> None:
+    def commit(self, record: Record, modules: Sequence[str] | None) -> None:
+        self.forget(modules)
+        super().commit(record, modules)
+
+    def forget(self, modules: Sequence[str] | None) -> None:
+        super().forget(modules)
+        for key in self._keys(modules):
+            self._loaded.pop(key, None)
+
+    def before(self, version: int | None) -> None:
         """An update is about to start: the engine stops using the weights."""
         self._before = self.state
         self.state = "updating"
@@ -149,17 +163,46 @@ class Destination(_End):
             if self._on_commit:
                 self._on_commit(version)
             return
+        self._failed(outcome, f"version {version}", modules, wrote)
+
+    def after_load(
+        self,
+        outcome: m.Outcome,
+        version: int | None,
+        modules: Sequence[str] | None,
+        wrote: bool,
+        *,
+        what: str,
+        complete: bool,
+    ) -> None:
+        """The end of a load for which ``before`` was called, with the same callbacks.
+
+        what: where the tensors came from. complete: it was of all tensors; only such a one leads out of
+        ``empty``. What it wrote is no longer any version of the trainer's, and a check will say so.
+        """
+        if not outcome.ok:
+            self._failed(outcome, f"load of {what}", modules, wrote)
+            return
+        self.forget(modules)
+        label = "" if version is None else f"version {version}, "
+        self._loaded |= dict.fromkeys(self._keys(modules), f"{label}loaded from {what}")
+        self.state = "ready" if complete else self._before
+        self.version, self.error = version, None
+        if self._on_commit:
+            self._on_commit(version)
+
+    def _failed(self, outcome: m.Outcome, what: str, modules: Sequence[str] | None, wrote: bool) -> None:
         reasons = "; ".join(map(str, outcome.failures))
         if wrote:
             self.state = "torn"
             self.forget(modules)
-            self.error = TornError(f"version {version}: {reasons}")
+            self.error = TornError(f"{what}: {reasons}")
             log.error("torn: %s", self.error)
             if self._on_torn:
                 self._on_torn(self.error)
         else:
             self.state = self._before
-            self.error = UpdateError(f"version {version} refused: {reasons}")
+            self.error = UpdateError(f"{what} refused: {reasons}")
             log.error("%s", self.error)
             if self._on_refused:
                 self._on_refused(self.error)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from weightbus import messages as m
@@ -13,7 +15,8 @@ from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.hub import DEAD_AFTER_S
 from weightbus.layout import Source, rank_and_size
 from weightbus.progress import Bar
-from weightbus.report import Mismatch, Report, Verdict
+from weightbus.report import Mismatch, Report, Saved, Verdict
+from weightbus.save import Save
 from weightbus.session import Session
 from weightbus.turn import Progress
 
@@ -24,6 +27,8 @@ DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 # As few transfers as keep the pipe full, as little staging as is worth a thought.
 DEFAULT_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
+
+DEFAULT_FILE_BYTES = 4 << 30
 
 
 class Publisher:
@@ -153,6 +158,58 @@ class Publisher:
             arrived=outcome.arrived,
             servers=outcome.servers,
             seconds=time.monotonic() - begun,
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        version: int | None = None,
+        modules: Sequence[str] | None = None,
+        file_bytes: int = DEFAULT_FILE_BYTES,
+        timeout_s: float = 600.0,
+    ) -> Saved:
+        """Write the source to safetensors files, with an index and a digest list, for ``update_from_disk`` and others.
+
+        Collective over trainer ranks, with equal arguments; each writes what it holds, in its own dtypes. The
+        source must not change until it returns.
+        path: a directory that does not exist yet, in one that all trainer ranks share; it appears, whole, at the
+            end. A mapping source gets a sub-folder for each module. version: the label to record, if it is one.
+        file_bytes: no file has more data, unless one tensor has. timeout_s: to wait for the other ranks, and for
+            each step.
+        Raises UpdateError with each rank's reason, HubError if the hub is lost.
+        """
+        task = m.SaveTask(
+            path=os.path.abspath(path),
+            modules=None if modules is None else list(modules),
+            version=version,
+            file_bytes=file_bytes,
+        )
+        bar = Bar(f"saving {os.path.basename(task.path)}") if self.rank == 0 else None
+        report = bar or (lambda done, total: None)
+        self._origin.refresh()
+
+        def work(offer: m.TaskOffer, task: m.SaveTask, place: int, look: Callable[[], None]) -> Save:
+            return Save(task, place, self._origin.layout, look=look, progress=report)
+
+        try:
+            outcome, turn = self._session.call_task(
+                task, lead=self.rank == 0, timeout_s=timeout_s, report=report, save=work
+            )
+        finally:
+            if bar:
+                bar.close()
+        if not outcome.ok:
+            reasons = "\n  ".join(["", *map(str, outcome.failures)])
+            raise UpdateError(f"save to {task.path} has failed:{reasons}")
+        assert isinstance(turn.work, Save), "a save has ended well"
+        return Saved(
+            path=task.path,
+            version=version,
+            files=turn.work.files,
+            tensors=turn.work.tensors,
+            nbytes=turn.work.nbytes,
+            seconds=outcome.seconds,
         )
 
     def _enter(self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool) -> m.Enter:

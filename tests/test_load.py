@@ -1,0 +1,329 @@
+"""Saves and loads over real processes: bits, all or none, what is read, what the trainer's check says after."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from models import fill, full, make, values
+from processes import Job, run_jobs
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import weightbus
+from weightbus import hub as hub_module
+from weightbus import messages as m
+from weightbus.asking import Asking
+from weightbus.digest_list import NAME as LIST
+from weightbus.digest_list import load_saved
+from weightbus.disk import stored_tensors
+
+
+def serve_hub(rank, size, *, address):
+    hub_module.Hub(address).serve()
+
+
+def hub(address):
+    return Job(run=serve_hub, arguments={"address": address}, never_ends=True)
+
+
+def bits(tensor):
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def assert_state(state, expected):
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(bits(tensor.to(state[name].dtype)), bits(state[name])), name
+
+
+def saver(rank, size, *, address, kind, path, file_bytes=4 << 30, version=3):
+    model = make(kind, rank, size)
+    fill(model, values(3))
+    with weightbus.Publisher(model, address=address, rank=rank, size=size) as publisher:
+        report = publisher.save(path, version=version, file_bytes=file_bytes)
+        with pytest.raises(weightbus.UpdateError, match="expected a path where nothing is yet"):
+            publisher.save(path)
+    return str(report), report.nbytes
+
+
+def loader(rank, size, *, address, kind, path, dtype=torch.float32, arguments=None):
+    model = make(kind, rank, size, dtype=dtype)
+    fill(model, values(1, dtype))
+    before = full(model)
+    pointers = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    with weightbus.Subscriber(model, address=address, rank=rank, replica_size=size) as subscriber:
+        try:
+            report = subscriber.update_from_disk(path, **(arguments or {}))
+            outcome = report.word, report.version, report.nbytes, dict(report.arrived)
+        except weightbus.WeightbusError as error:
+            outcome = type(error).__name__, str(error)
+        state = subscriber.state, subscriber.version
+    assert pointers == [tensor.data_ptr() for tensor in model.state_dict().values()]
+    return outcome, state, full(model), before
+
+
+@pytest.mark.parametrize(("trainers", "servers"), [(("fsdp2", 2), ("tp", 2)), (("plain", 1), ("tp", 3))])
+def test_what_was_saved_is_loaded_bit_for_bit(address, tmp_path, trainers, servers):
+    """Files that safetensors' own library reads too, one digest list, no scratch left."""
+    path = tmp_path / "version-3"
+    (said, *_), _ = run_jobs(
+        Job(
+            run=saver,
+            size=trainers[1],
+            arguments={"address": address, "kind": trainers[0], "path": path, "file_bytes": 1 << 18},
+        ),
+        hub(address),
+    )
+    assert "saved 13 tensors" in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["version-3"]
+    expected = values(3)
+    found = {}
+    for file in path.glob("*.safetensors"):
+        found |= load_file(file)
+    assert_state(found, expected)
+    assert len(list(path.glob("*.safetensors"))) == 2
+    assert json.loads((path / "model.safetensors.index.json").read_text())["weight_map"].keys() == found.keys()
+    saved = load_saved(path / LIST)
+    assert saved.version == 3
+    digests = {name: weightbus.tensor_digest(tensor) for name, tensor in found.items()}
+    assert {name: entry.digest for name, entry in saved.tensors.items()} == {n: str(d) for n, d in digests.items()}
+    loaded, _ = run_jobs(
+        Job(run=loader, size=servers[1], arguments={"address": address, "kind": servers[0], "path": path}),
+        hub(address),
+    )
+    for outcome, state, now, before in loaded:
+        assert outcome[:2] == ("verified", 3)
+        assert state == ("ready", 3)
+        assert_state(now, expected)
+        assert not torch.equal(before["big"], now["big"])
+
+
+# -- a pipeline of several modules, two ranks each with a part of it -----------------------------------
+
+SHAPES = {
+    "transformer": {"qkv.weight": (96, 64), "out.weight": (64, 32), "norm.weight": (64,)},
+    "vae": {"decoder.weight": (48, 40), "decoder.bias": (48,)},
+    "text_encoder": {"embed.weight": (130, 16)},
+}
+
+
+class Sharded(nn.Module):
+    """Rows of every matrix, columns of ``out``: parameters with loaders, traced to boxes, as engines have them."""
+
+    def __init__(self, shapes, rank, size):
+        super().__init__()
+        self.rank, self.size = rank, size
+        for name, shape in shapes.items():
+            child, leaf = name.split(".")
+            if not hasattr(self, child):
+                setattr(self, child, nn.Module())
+            axis = 1 if child == "out" else 0
+            whole = len(shape) == 1
+            own = shape if whole else tuple(n // size if a == axis else n for a, n in enumerate(shape))
+            parameter = nn.Parameter(torch.zeros(own))
+            if not whole:
+                parameter.weight_loader = lambda p, w, axis=axis: p.data.copy_(w.chunk(size, axis)[rank])
+            getattr(self, child).register_parameter(leaf, parameter)
+
+
+def drawn(version):
+    generator = torch.Generator().manual_seed(version)
+    return {
+        module: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for module, shapes in SHAPES.items()
+    }
+
+
+def shard(name, tensor, rank, size):
+    if tensor.ndim == 1:
+        return tensor
+    return tensor.chunk(size, 1 if name.startswith("out") else 0)[rank]
+
+
+def write_pipeline(folder, version, *, listed=False):
+    for module, tensors in drawn(version).items():
+        (folder / module).mkdir(parents=True)
+        for i, (name, tensor) in enumerate(tensors.items()):
+            save_file({name: tensor}, folder / module / f"part-{i}.safetensors")
+        if listed:
+            from weightbus.digest_files import digest_files
+            from weightbus.digest_list import saved_of
+
+            import msgspec
+
+            saved = saved_of(digest_files(stored_tensors(folder / module)), version)
+            (folder / module / LIST).write_bytes(msgspec.json.encode(saved))
+    return folder
+
+
+def held(pipeline):
+    return {
+        module: {name: p.detach().clone() for name, p in sharded.named_parameters()}
+        for module, sharded in pipeline.items()
+    }
+
+
+def versions_held(state, rank, size):
+    """For each module the version that it holds in every bit, or None."""
+    found = {}
+    for module, tensors in state.items():
+        found[module] = next(
+            (
+                v
+                for v in (1, 2, 3)
+                if all(torch.equal(bits(shard(n, drawn(v)[module][n], rank, size)), bits(t)) for n, t in tensors.items())
+            ),
+            None,
+        )
+    return found
+
+
+def pipeline_server(rank, size, *, address):
+    pipeline = {module: Sharded(shapes, rank, size) for module, shapes in SHAPES.items()}
+    calls = []
+    subscriber = weightbus.Subscriber(
+        pipeline,
+        address=address,
+        rank=rank,
+        replica_size=size,
+        on_update=lambda version: calls.append(("update", version)),
+        on_commit=lambda version: calls.append(("commit", version, versions_held(held(pipeline), rank, size))),
+        on_refused=lambda error: calls.append(("refused", str(error))),
+        on_torn=lambda error: calls.append(("torn", str(error))),
+    )
+    with subscriber:
+        subscriber.serve()
+        return calls, subscriber.state, subscriber.version, versions_held(held(pipeline), rank, size)
+
+
+def corrupt(folder):
+    """One bit of the data of the last file of the second module; its header is fine, the digest list is not."""
+    path = folder / "vae" / "part-1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 16
+    path.write_bytes(data)
+
+
+def shorten(folder):
+    path = folder / "vae" / "part-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def reshape(folder):
+    save_file({"decoder.bias": torch.zeros(49)}, folder / "vae" / "part-1.safetensors")
+    (folder / "vae" / LIST).unlink()
+
+
+def repeat(folder):
+    save_file({"decoder.bias": torch.zeros(48)}, folder / "vae" / "part-9.safetensors")
+
+
+def add(folder):
+    save_file({"decoder.scale": torch.zeros(48)}, folder / "vae" / "part-9.safetensors")
+    (folder / "vae" / LIST).unlink()
+
+
+def lack(folder):
+    (folder / "vae" / "part-1.safetensors").unlink()
+    (folder / "vae" / LIST).unlink()
+
+
+def lose(folder):
+    import shutil
+
+    shutil.rmtree(folder / "vae")
+
+
+def unlist(folder):
+    path = folder / "vae" / LIST
+    path.write_text(path.read_text().replace("decoder.bias", "decoder.bios"))
+
+
+def garble(folder):
+    (folder / "vae" / LIST).write_text("{")
+
+
+SPOILS = {
+    corrupt: "decoder.bias: expected grid61:",
+    shorten: r"decoder.bias: expected data up to byte \d+, got a file of \d+; truncated",
+    reshape: r"vae.decoder.bias: expected shape \[48\] of vae.decoder.bias, got \[49\]",
+    repeat: "decoder.bias: expected each name once, got it in",
+    add: "vae.decoder.scale: unknown name",
+    lack: "vae.decoder.bias: missing name",
+    lose: "vae: expected a sub-folder",
+    unlist: "decoder.bias: expected the list to fit its files",
+    garble: "expected a list that",
+}
+
+
+def driver(rank, size, *, address, good, bad):
+    """A trainer that sends version 1 over the group; then loads that must fail, and one that must not."""
+    pipeline = {module: nn.Module() for module in SHAPES}
+    for module, tensors in drawn(1).items():
+        for name, tensor in tensors.items():
+            child, leaf = name.split(".")
+            if not hasattr(pipeline[module], child):
+                setattr(pipeline[module], child, nn.Module())
+            getattr(pipeline[module], child).register_parameter(leaf, nn.Parameter(tensor))
+    failures, words = [], []
+    with weightbus.Publisher(pipeline, address=address, rank=rank, size=size, join_timeout_s=30) as publisher:
+        words.append(publisher.update(1).word)
+        with Asking(address) as asking:
+            for path in bad:
+                end = asking.run(m.LoadTask(path=str(path)), wait_s=5, run_s=20)
+                failures.append((end.ok, end.moved, [str(failure) for failure in end.failures]))
+            words.append(publisher.check().word)
+            (info,) = asking.replicas().replicas
+            words.append((info.state, info.version, info.joined))
+            end = asking.run(m.LoadTask(path=str(good), modules=["vae"]), wait_s=5, run_s=20)
+            words.append((end.ok, end.verdict, end.version, end.ranks))
+            words.append(str(publisher.check()))
+            end = asking.run(m.LoadTask(path=str(good), atomic=True), wait_s=5, run_s=20)
+            words.append((end.ok, end.verdict, end.version))
+            words.append(str(publisher.check()))
+            words.append(publisher.update(4).word)
+            words.append(publisher.check().word)
+    return failures, words
+
+
+def test_a_failure_in_the_second_module_leaves_all_bits(address, tmp_path):
+    """Whatever is wrong with one file of one module: refused on both ranks, named, nothing changed; the version that
+    had come over the group can still be proved. A load that succeeds is no version of the trainer's, and its check
+    says so, until the next update."""
+    good = write_pipeline(tmp_path / "good", 2, listed=True)
+    bad = []
+    for spoil in SPOILS:
+        bad.append(write_pipeline(tmp_path / spoil.__name__, 3, listed=True))
+        spoil(bad[-1])
+    ((failures, words),), servers = run_jobs(
+        Job(run=driver, arguments={"address": address, "good": good, "bad": [*bad, tmp_path / "nowhere"]}),
+        Job(run=pipeline_server, size=2, arguments={"address": address}),
+    )
+    for (ok, moved, reasons), expected in zip(failures, [*SPOILS.values(), "nowhere"], strict=True):
+        assert (ok, moved) == (False, False)
+        assert re.search(expected, reasons[0]), (expected, reasons)
+        assert "server rank" in reasons[0]
+    word, checked, info, vae, after_vae, whole, after_whole, updated, rechecked = words
+    assert (word, checked, info) == ("verified", "verified", ("ready", 1, 2))
+    assert vae == (True, "verified", 2, 2)
+    for text in (after_vae, after_whole):
+        assert text.startswith("mismatch")
+        assert f"got version 2, loaded from {good}; this rank is ready" in text
+    assert whole == (True, "verified", 2)
+    assert (updated, rechecked) == ("verified", "verified")
+    everything = dict.fromkeys(SHAPES, 1)
+    for calls, state, version, now in servers:
+        assert calls == [
+            ("update", 1),
+            ("commit", 1, everything),
+            ("update", 2),
+            ("commit", 2, everything | {"vae": 2}),
+            ("update", 2),
+            ("commit", 2, dict.fromkeys(SHAPES, 2)),
+            ("update", 4),
+            ("commit", 4, everything),
+        ]
+        assert (state, version, now) == ("ready", 4, everything)
