@@ -50,8 +50,8 @@ LAYERS = {
         "tasks",
         "asking",
     ),
-    4: ("report", "ends", "turn", "load", "save", "task_turn", "session", "publisher", "subscriber"),
-    5: ("cli", "digest_files", "__main__"),
+    4: ("report", "ends", "turn", "load", "save", "probe", "task_turn", "session", "publisher", "subscriber"),
+    5: ("cli", "digest_files", "http", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 SURFACES = ("benchmarks", "examples")
