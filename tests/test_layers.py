@@ -25,6 +25,8 @@ LAYERS = {
         "torch_dtensor",
         "torch_module",
         "torch_copy",
+        "lanes",
+        "frozen",
         "bucket",
         "trace",
         "torch_trace",

@@ -89,7 +89,9 @@ def test_what_was_saved_is_loaded_bit_for_bit(address, tmp_path, trainers, serve
     saved = load_saved(path / LIST)
     assert saved.version == 3
     digests = {name: weightbus.tensor_digest(tensor) for name, tensor in found.items()}
-    assert {name: entry.digest for name, entry in saved.tensors.items()} == {n: str(d) for n, d in digests.items()}
+    assert {name: entry.digest for name, entry in saved.tensors.items()} == {
+        n: str(d) for n, d in digests.items()
+    }
     loaded, _ = run_jobs(
         Job(run=loader, size=servers[1], arguments={"address": address, "kind": servers[0], "path": path}),
         hub(address),
@@ -174,7 +176,10 @@ def versions_held(state, rank, size):
             (
                 v
                 for v in (1, 2, 3)
-                if all(torch.equal(bits(shard(n, drawn(v)[module][n], rank, size)), bits(t)) for n, t in tensors.items())
+                if all(
+                    torch.equal(bits(shard(n, drawn(v)[module][n], rank, size)), bits(t))
+                    for n, t in tensors.items()
+                )
             ),
             None,
         )

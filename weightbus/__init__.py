@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from weightbus.errors import UpdateError as UpdateError
     from weightbus.errors import WeightbusError as WeightbusError
     from weightbus.publisher import Publisher as Publisher
+    from weightbus.report import Mismatch as Mismatch
+    from weightbus.report import Report as Report
+    from weightbus.report import Verdict as Verdict
     from weightbus.subscriber import Subscriber as Subscriber
 
 __version__ = "0.1.0"
@@ -27,6 +30,7 @@ _PUBLIC = {
     "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
     "errors": ["HubError", "SpecError", "TornError", "UpdateError", "WeightbusError"],
     "publisher": ["Publisher"],
+    "report": ["Mismatch", "Report", "Verdict"],
     "subscriber": ["Subscriber"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -55,7 +55,7 @@ class Asking:
         return ask.id
 
     def receive(self, id: str, timeout_s: float) -> m.TaskEnd | m.Replicas | None:
-        """The answer to ``id``, or None after ``timeout_s``. Raises HubError if the hub can't read the request."""
+        """The answer to ``id``, or None after ``timeout_s``. Raises HubError if the hub can't read the ask."""
         deadline = time.monotonic() + timeout_s
         while True:
             answer = self._connection.receive(max(0.0, deadline - time.monotonic()))

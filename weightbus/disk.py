@@ -42,8 +42,8 @@ class Stored:
 
 
 def stored_modules(path: Path, modules: Sequence[str] | None) -> dict[str, Stored]:
-    """Tensors of a directory with a sub-folder for each module, by wire name ``module.tensor``; with ``modules``
-    None, of one model, by their own names. Raises SpecError as ``stored_tensors`` does."""
+    """Tensors of a directory with a sub-folder for each module, by wire name ``module.tensor``; with
+    ``modules`` None, of one model, by their own names. Raises SpecError as ``stored_tensors`` does."""
     if modules is None:
         return stored_tensors(path)
     found = {}
@@ -55,8 +55,8 @@ def stored_modules(path: Path, modules: Sequence[str] | None) -> dict[str, Store
 
 
 def check_inside(path: Path, roots: Sequence[str]) -> None:
-    """Raise SpecError unless ``path``, its symbolic links followed, lies in one of the directories ``roots``; with
-    none of them, it may lie anywhere."""
+    """Raise SpecError unless ``path``, its symbolic links followed, lies in one of the directories ``roots``;
+    with none of them, it may lie anywhere."""
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:

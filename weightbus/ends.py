@@ -10,6 +10,7 @@ from typing import Literal
 from weightbus import messages as m
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.facts import Holding, encode_facts, facts_id
+from weightbus.frozen import Frozen, Where
 from weightbus.install import NameMap, Target, Traces
 from weightbus.layout import Layout, Source, layout_of
 from weightbus.ledger import Ledger, Record, live_entries
@@ -50,18 +51,36 @@ class _End:
 class Origin(_End):
     """A trainer rank's source."""
 
-    def blob(self, modules: Sequence[str] | None) -> bytes:
-        """This rank's facts. Raises SpecError for a module that the source does not have."""
-        layout = self.layout.select(modules)
-        return encode_facts(
-            {
-                name: Holding(spec=spec, boxes=tuple(part.box for part in layout.parts[name]))
-                for name, spec in layout.specs.items()
-            }
-        )
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._told: tuple[Layout, dict[tuple[str, ...] | None, tuple[bytes, str]]] = self.layout, {}
+        self._frozen: Frozen | None = None
 
-    def facts_id(self, modules: Sequence[str] | None) -> str:
-        return facts_id(self.blob(modules))
+    def frozen(self, where: Where) -> Frozen:
+        """Memory for a copy of the source, kept as long as the layout is the same."""
+        if self._frozen is None or self._frozen.layout is not self.layout:
+            self._frozen = None  # before as much is allocated again
+            self._frozen = Frozen(self.layout, where)
+        return self._frozen
+
+    def facts(self, modules: Sequence[str] | None) -> tuple[bytes, str]:
+        """This rank's facts and their id, kept as long as the layout is the same.
+
+        Raises SpecError for a module that the source does not have.
+        """
+        if self._told[0] is not self.layout:
+            self._told = self.layout, {}
+        key = None if modules is None else tuple(modules)
+        if key not in self._told[1]:
+            layout = self.layout.select(modules)
+            blob = encode_facts(
+                {
+                    name: Holding(spec=spec, boxes=tuple(part.box for part in layout.parts[name]))
+                    for name, spec in layout.specs.items()
+                }
+            )
+            self._told[1][key] = blob, facts_id(blob)
+        return self._told[1][key]
 
     def jobs(self) -> list[m.Job]:
         """What was committed and can be checked: one job for each update that still counts."""
@@ -135,7 +154,7 @@ class Destination(_End):
         """The record over storage that has moved since."""
         assert record.target is not None
         target = self.target(record.target.manifest, job.modules)
-        ledger = Ledger(live_entries(target, {}, record.group))
+        ledger = Ledger(live_entries(target, {}, record.group, {}))
         moved = replace(record, ledger=ledger, sums=ledger.sums.copy(), target=target)
         self.commit(moved, job.modules)
         return moved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -38,9 +38,12 @@ class Group:
             self._store.close()
             raise
 
-    def broadcast(self, buffer: torch.Tensor, src: int) -> Any:
-        """Start a broadcast of ``buffer`` (uint8, contiguous) from group rank ``src``; returns its work."""
-        return None if self._backend is None else torch_group.broadcast(self._backend, buffer, src)
+    def broadcast(self, buffers: Sequence[tuple[torch.Tensor, int]]) -> list[Any]:
+        """Start broadcasts together, each of a buffer (uint8, contiguous) from a group rank.
+
+        Returns their works. On CUDA they come after what is in the current stream.
+        """
+        return [] if self._backend is None else torch_group.broadcast(self._backend, buffers, self.device)
 
     def wait(self, work: Any, check: Callable[[], None]) -> None:
         """CPU: until ``work`` is done. CUDA: the current stream waits for it, the host does not.
@@ -48,8 +51,6 @@ class Group:
         check: called while waiting; raises once the update has ended.
         Raises UpdateError if the transfer failed.
         """
-        if work is None:
-            return
         if self.device.type == "cuda":
             work.wait()
             return

@@ -1,7 +1,6 @@
 """The weight routes of inference engines over HTTP, as SGLang names them: mounted in an app, or beside it.
 
-Each request becomes a task at the hub, and is answered once all ranks of the replica have finished it. The process
-that serves them holds no weights and, unless the engine runs in it, loads no torch.
+Each request becomes a task at the hub, and is answered once all ranks of the replica have finished it.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from weightbus import __version__
 from weightbus import messages as m
 from weightbus.asking import Asking
 from weightbus.disk import check_inside
-from weightbus.errors import HubError, SpecError, WeightbusError
+from weightbus.errors import HubError, WeightbusError
 from weightbus.payload import refuse_pickle
 
 DEFAULT_PORT = 5780
@@ -46,8 +45,8 @@ TOKEN_VARIABLE = "WEIGHTBUS_HTTP_TOKEN"
 class Engine:
     """What the routes ask of the engine whose app they are mounted in; None is answered by 400.
 
-    pause: called with SGLang's mode (``abort``, ``retract``, ``in_place``). flush_cache: called after a load with
-    ``flush_cache=true``; ranks can flush in ``on_commit`` instead.
+    pause: called with SGLang's mode (``abort``, ``retract``, ``in_place``). flush_cache: called after a load
+    with ``flush_cache=true``; ranks can flush in ``on_commit`` instead.
     """
 
     pause: Callable[[str], object] | None = None
@@ -78,8 +77,8 @@ class UpdateFromDisk(_Body):
 
 
 class UpdateFromTensor(_Body):
-    """serialized_named_tensors: base64 of safetensors bytes, or a map of modules to such; one for all ranks, or one
-    for each. target_modules: null is the only module, or ``transformer``."""
+    """serialized_named_tensors: base64 of safetensors bytes, or a map of modules to such; one for all ranks, or
+    one for each. target_modules: null is the only module, or ``transformer``."""
 
     serialized_named_tensors: Annotated[list[Payload], Field(min_length=1, max_length=4096)]
     load_format: m.PayloadFormat | None = None
@@ -89,7 +88,8 @@ class UpdateFromTensor(_Body):
 
 
 class CheckTensors(_Body):
-    """expected_named_tensors_sha256: digests by name, of all ranks; or a list of one such map, or one for each rank."""
+    """expected_named_tensors_sha256: digests by name, for all ranks; or a list of one such map, or of one for
+    each rank."""
 
     target_module: Module
     expected_named_tensors_sha256: Manifest | Annotated[list[Manifest], Field(min_length=1, max_length=4096)]

@@ -18,7 +18,6 @@ from weightbus.digest_list import PartSums, Saved, digests_of, load_saved
 from weightbus.disk import Stored, check_inside, stored_modules
 from weightbus.ends import Destination
 from weightbus.errors import CoverageError, DigestError, SpecError
-from weightbus.install import Target
 from weightbus.part import Part, plain_view
 from weightbus.payload import stored_payloads
 from weightbus.reading import Read, Reader, Sources, pieces_of
@@ -174,7 +173,8 @@ class Load:
         if untaken:
             name = min(untaken, key=str.encode)
             raise SpecError(
-                f"{name}: unknown name: expected one of {len(prepared)} server ranks to take it, got none; {self.what}"
+                f"{name}: unknown name: expected one of {len(prepared)} server ranks to take it, "
+                f"got none; {self.what}"
             )
         rows = [row for one in prepared.values() for row in one.digested]
         specs = {name: tensor.spec for name, tensor in self._manifest.items()}
@@ -219,7 +219,7 @@ class Load:
             self._prove()
 
     def _prove(self) -> None:
-        """Digest what is live now, where it has the stored dtype, and compare with what was read and checked."""
+        """Digest what is live now, where it has the stored dtype, and compare with what was checked."""
         by_device: dict[torch.device, list[tuple[int, Part]]] = {}
         for number in self._sums:
             read = self._reads[number]

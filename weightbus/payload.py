@@ -72,9 +72,8 @@ def _flattened(where: Path, found: Mapping[str, Stored], metadata: Mapping[str, 
     for entry in sorted(entries, key=lambda entry: (entry.start_idx, entry.end_idx)):
         dtype = DTYPES.get(entry.dtype, entry.dtype.removeprefix("torch."))
         if dtype not in DTYPES.values():
-            raise SpecError(
-                f"{where}: {entry.name}: expected a dtype among {', '.join(DTYPES.values())}, got {entry.dtype!r}"
-            )
+            known = ", ".join(DTYPES.values())
+            raise SpecError(f"{where}: {entry.name}: expected a dtype among {known}, got {entry.dtype!r}")
         if entry.name in tensors:
             raise SpecError(f"{where}: {entry.name}: expected each name once, got it twice in {FLAT_METADATA}")
         spec = Spec(name=entry.name, dtype=dtype, shape=tuple(entry.shape))
@@ -86,7 +85,8 @@ def _flattened(where: Path, found: Mapping[str, Stored], metadata: Mapping[str, 
             )
         if begin != at:
             raise SpecError(
-                f"{where}: {entry.name}: expected data from byte {at} of {FLAT_NAME}, where the one before ends, got {begin}"
+                f"{where}: {entry.name}: expected data from byte {at} of {FLAT_NAME}, where the one before "
+                f"ends, got {begin}"
             )
         at = end
         tensors[entry.name] = Stored(spec=spec, path=where, begin=flat.begin + begin, end=flat.begin + end)
@@ -121,7 +121,8 @@ def module_of(named: str | None, targets: Sequence[str] | None, modules: Sequenc
         return USUAL_MODULE
     if len(meant) != 1:
         raise SpecError(
-            f"payload: expected {{module: payload}} where it could be for several of {meant}, got one without a name"
+            f"payload: expected {{module: payload}} where it could be for several of {meant}, got one without "
+            f"a name"
         )
     return meant[0]
 
@@ -132,7 +133,7 @@ def stored_payloads(
     task: m.LoadTask,
     modules: Sequence[str],
 ) -> tuple[dict[str, Stored], dict[Path, memoryview], list[str] | None]:
-    """All tensors of a rank's payloads by wire name, the memory that they lie in, and the modules that they are of.
+    """All tensors of a rank's payloads by wire name, the memory that they lie in, and their modules.
 
     Raises SpecError as ``tensors_of_payload`` and ``module_of`` do, and for a module that two payloads are for.
     """

@@ -1,7 +1,8 @@
 """Plans: which rank sends which boxes, in which transfers. Pure data, computed alike on every rank.
 
 The broadcast route: every element of the source is broadcast once, by one rank that holds it, to all
-ranks of the group; each server rank takes from it what it wants.
+ranks of the group; each server rank takes from it what it wants. Transfers that are started together
+are a wave: the larger a wave, the fewer the pauses of the link between them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ SLOT_ALIGN = 16
 # A box of at least this size travels alone, so that either end may use its storage in place.
 # Smaller ones cost less to copy through a bucket than a transfer of their own costs.
 SOLO_BYTES = 1 << 20
+
+# Boxes are cut to this share of a wave, so that waves of boxes of all sizes are nearly full.
+PIECES_PER_WAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,16 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """specs: the wire's (destination's dtypes), in order of their names' UTF-8 bytes."""
+    """specs: the wire's (destination's dtypes), in order of their names' UTF-8 bytes. waves: in the order
+    of their start, each of at most ``bucket_bytes``, the bytes between slots included."""
 
     specs: tuple[Spec, ...]
-    transfers: tuple[Transfer, ...]
+    waves: tuple[tuple[Transfer, ...], ...]
     fingerprint: str
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        return [transfer for wave in self.waves for transfer in wave]
 
     @property
     def nbytes(self) -> int:
@@ -66,45 +75,61 @@ class Want:
         return f"replica {self.replica} server rank {self.rank}"
 
 
+class _Waves:
+    """Waves being filled: the current one has a transfer for each large box, and for each sending rank
+    one bucket of small ones, which is closed with the wave."""
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self.bucket_bytes = bucket_bytes
+        self.closed: list[tuple[Transfer, ...]] = []
+        self._solo: list[Transfer] = []
+        self._slots: dict[int, list[Slot]] = {}
+        self._fill: dict[int, int] = {}
+        self._nbytes = 0
+
+    def add(self, src: int, tensor: int, box: Box, nbytes: int, *, solo: bool) -> None:
+        room = -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
+        if self._nbytes + room > self.bucket_bytes:
+            self.close()
+        self._nbytes += room
+        if solo:
+            self._solo.append(Transfer(src, nbytes, (Slot(tensor, box, 0),)))
+        else:
+            offset = self._fill.get(src, 0)
+            self._slots.setdefault(src, []).append(Slot(tensor, box, offset))
+            self._fill[src] = offset + room
+
+    def close(self) -> None:
+        small = [Transfer(src, self._fill[src], tuple(slots)) for src, slots in self._slots.items()]
+        if self._solo or small:
+            self.closed.append((*self._solo, *small))
+        self._solo, self._slots, self._fill, self._nbytes = [], {}, {}, 0
+
+
 def plan_broadcast(sources: Mapping[int, Facts], wants: Sequence[Want], *, bucket_bytes: int) -> Plan:
     """Plan of the broadcast route.
 
     sources: for each group rank that sends, what it holds. wants: each server rank's.
-    bucket_bytes: no transfer is longer, so it bounds a staging bucket.
+    bucket_bytes: no wave is longer, so it bounds a staging bucket.
     Raises SpecError or CoverageError, naming tensor and ranks, where the two cannot be matched.
     """
     manifest = merge_sources(sources)
     check_wants(manifest, wants)
     specs = wire_specs(manifest, wants)
     lengths = dict.fromkeys(sources, 0)
-    open_slots: dict[int, list[Slot]] = {src: [] for src in sources}
-    fill = dict.fromkeys(sources, 0)
-    transfers: list[Transfer] = []
-
-    def flush() -> None:
-        for src, slots in open_slots.items():
-            if slots:
-                transfers.append(Transfer(src, fill[src], tuple(slots)))
-            open_slots[src], fill[src] = [], 0
-
+    piece_bytes = bucket_bytes // PIECES_PER_WAVE
+    waves = _Waves(bucket_bytes)
     for index, spec in enumerate(specs):
         itemsize = ITEMSIZE[spec.dtype]
         for box, holders in _holders(spec.name, sources).items():
             src = min(holders, key=lambda rank: (lengths[rank], rank))
             lengths[src] += box.volume * itemsize
-            for piece in box.split(bucket_bytes // itemsize):
+            for piece in box.split(max(1, piece_bytes // itemsize)):
                 nbytes = piece.volume * itemsize
-                if nbytes >= SOLO_BYTES:
-                    transfers.append(Transfer(src, nbytes, (Slot(index, piece, 0),)))
-                    continue
-                if fill[src] + nbytes > bucket_bytes:
-                    # All sources flush together, so that the pieces of one tensor arrive close by.
-                    flush()
-                open_slots[src].append(Slot(index, piece, fill[src]))
-                fill[src] += -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
-    flush()
-    name = fingerprint([bucket_bytes, *specs, *transfers])
-    return Plan(specs=specs, transfers=tuple(transfers), fingerprint=name)
+                waves.add(src, index, piece, nbytes, solo=nbytes >= min(SOLO_BYTES, piece_bytes))
+    waves.close()
+    name = fingerprint([bucket_bytes, *specs, *waves.closed])
+    return Plan(specs=specs, waves=tuple(waves.closed), fingerprint=name)
 
 
 def _holders(name: str, sources: Mapping[int, Facts]) -> dict[Box, list[int]]:

@@ -33,8 +33,8 @@ class Probe:
         destination: Destination,
         group: dist.ProcessGroup | None,
     ) -> None:
-        """group: the engine's own, of the replica's ranks for CPU tensors; without it each rank looks at its shards
-        alone."""
+        """group: the engine's own, of the replica's ranks for CPU tensors; without it each rank looks at its
+        shards alone."""
         self._task, self._place, self._size = task, place, size
         self._destination, self._group = destination, group
 

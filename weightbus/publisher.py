@@ -6,26 +6,32 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
 from types import TracebackType
+from typing import Literal, overload
 
 from weightbus import messages as m
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
+from weightbus.frozen import Where
 from weightbus.hub import DEAD_AFTER_S
 from weightbus.layout import Source, rank_and_size
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Saved, Verdict
 from weightbus.save import Save
 from weightbus.session import Session
-from weightbus.turn import Progress
+from weightbus.turn import Progress, Snapshot
 
 log = logging.getLogger("weightbus")
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 
-# As few transfers as keep the pipe full, as little staging as is worth a thought.
-DEFAULT_BUCKET_BYTES = 64 << 20
+# A wave's bytes: enough that the link's pauses between waves do not count, little enough that the first
+# wave's packing and the last one's installing do not either.
+CUDA_BUCKET_BYTES = 256 << 20
+CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
 
 DEFAULT_FILE_BYTES = 4 << 30
@@ -38,11 +44,14 @@ class Publisher:
         of (name, tensor). Plain tensors, or DTensors of any mesh and placement but ``Partial``.
     address: the hub's. rank, size: default from the model's device mesh, else torchrun's variables.
     min_replicas: an update waits until so many replicas of the server job are complete.
-    bucket_bytes, num_buckets: staging memory of each rank, in bytes, and the longest transfer.
+    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; ``bucket_bytes`` is also
+        how much is sent together. By default 64 MiB on the CPU, 256 MiB on CUDA.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
     dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
     progress: called with (done, total) bytes; by default a bar on rank 0's terminal.
+    snapshot: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
+        ``host`` for pinned memory.
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
 
@@ -54,7 +63,7 @@ class Publisher:
         rank: int | None = None,
         size: int | None = None,
         min_replicas: int = 1,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
         connect_timeout_s: float = 60.0,
         join_timeout_s: float = 300.0,
@@ -62,28 +71,36 @@ class Publisher:
         transfer_timeout_s: float = 300.0,
         dead_after_s: float = DEAD_AFTER_S,
         progress: Callable[[int, int], None] | None = None,
+        snapshot: Where = "device",
     ) -> None:
         if min_replicas < 1:
             raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
+        self._origin = Origin(source)
+        device = self._origin.layout.device
+        if bucket_bytes is None:
+            bucket_bytes = CUDA_BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
+        if snapshot not in ("device", "host"):
+            raise SpecError(f"snapshot: expected 'device' or 'host', got {snapshot!r}")
         if bucket_bytes < 1 << 10 or num_buckets < 1:
             raise SpecError(
                 f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
             )
-        self._origin = Origin(source)
         self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
         self._min_replicas, self._bucket_bytes = min_replicas, bucket_bytes
         self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
-        self._progress = progress
+        self._progress, self._snapshot = progress, snapshot
+        self._background: ThreadPoolExecutor | None = None
+        self._pending: Future[Report] | None = None
         self.version: int | None = None
         self._closed = False
-        self._session = Session.open(address, self._origin.layout.device, num_buckets)
+        self._session = Session.open(address, device, num_buckets)
         try:
             self._session.link.join(
                 role="trainer",
                 rank=self.rank,
                 size=self.size,
                 replica=0,
-                device=self._origin.layout.device.type,
+                device=device.type,
                 timeout_s=connect_timeout_s,
                 start_hub_dead_after_s=dead_after_s if self.rank == 0 else None,
             )
@@ -92,23 +109,70 @@ class Publisher:
             raise
         self._session.origin = self._origin
 
-    def update(self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None) -> Report:
+    @overload
+    def update(
+        self,
+        version: int,
+        *,
+        verify: bool = True,
+        modules: Sequence[str] | None = None,
+        wait: Literal[True] = True,
+    ) -> Report: ...
+
+    @overload
+    def update(
+        self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: Literal[False]
+    ) -> Future[Report]: ...
+
+    def update(
+        self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: bool = True
+    ) -> Report | Future[Report]:
         """Send the source's tensors to all complete replicas; returns once they are committed.
 
         Collective over trainer ranks, with equal arguments. The source must not change until it returns.
         version: an integer above the last one committed. modules: names of a mapping source's modules;
         all by default. verify: digest both ends, and commit only if all sums match.
+        wait: if False, the source is copied (see ``snapshot``) in the order of the current stream, and may
+        change at once; the returned future has the report, or raises. Calls that follow wait for it first.
         Raises UpdateError if nothing was written (the text names each rank and reason), TornError if
         server ranks were left with a mixture, HubError if the hub is lost.
         """
         begun = time.monotonic()
-        bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
-        progress = Progress(report=self._progress or bar)
-        try:
-            outcome = self._session.call(self._enter("update", version, modules, verify), progress)
-        finally:
-            if bar:
-                bar.close()
+        self._settle()
+        enter = self._enter("update", version, modules, verify)
+        if wait:
+            bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
+            try:
+                return self._send(enter, begun, self._progress or bar, None)
+            finally:
+                if bar:
+                    bar.close()
+        if self._session.destination is not None:
+            raise UpdateError("wait: expected True, got False: this process serves the weights that it updates")
+        snapshot = None
+        if not enter.refusal:
+            frozen = self._origin.frozen(self._snapshot)
+            snapshot = Snapshot(frozen=frozen, filled=frozen.fill(modules))
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, "weightbus-update")
+        self._pending = self._background.submit(self._send, enter, begun, self._progress, snapshot)
+        return self._pending
+
+    def _settle(self) -> None:
+        """Wait for the update in the background; what became of it is its future's to say."""
+        if self._pending is not None:
+            wait_for_futures([self._pending])
+            self._pending = None
+
+    def _send(
+        self,
+        enter: m.Enter,
+        begun: float,
+        on_progress: Callable[[int, int], None] | None,
+        snapshot: Snapshot | None,
+    ) -> Report:
+        progress, version = Progress(report=on_progress), enter.version
+        outcome = self._session.call(enter, progress, snapshot)
         seconds = time.monotonic() - begun
         if not outcome.ok:
             reasons = "\n  ".join(["", *map(str, outcome.failures)])
@@ -140,6 +204,7 @@ class Publisher:
         Collective over trainer ranks. The source may have moved on: its sums were kept at the commit.
         Raises UpdateError if no verified update has been committed, or if a rank could not answer.
         """
+        self._settle()
         if not self._origin.jobs():
             raise UpdateError("check: expected a version committed by update(verify=True), got none")
         begun = time.monotonic()
@@ -169,14 +234,14 @@ class Publisher:
         file_bytes: int = DEFAULT_FILE_BYTES,
         timeout_s: float = 600.0,
     ) -> Saved:
-        """Write the source to safetensors files, with an index and a digest list, for ``update_from_disk`` and others.
+        """Write the source to safetensors files, with index and digest list, for ``update_from_disk`` and others.
 
         Collective over trainer ranks, with equal arguments; each writes what it holds, in its own dtypes. The
         source must not change until it returns.
-        path: a directory that does not exist yet, in one that all trainer ranks share; it appears, whole, at the
-            end. A mapping source gets a sub-folder for each module. version: the label to record, if it is one.
-        file_bytes: no file has more data, unless one tensor has. timeout_s: to wait for the other ranks, and for
-            each step.
+        path: a directory that does not exist yet, in one that all trainer ranks share; it appears, whole, at
+            the end. A mapping source gets a sub-folder for each module. version: the label to record.
+        file_bytes: no file has more data, unless one tensor has. timeout_s: to wait for the other ranks, and
+            for each step.
         Raises UpdateError with each rank's reason, HubError if the hub is lost.
         """
         task = m.SaveTask(
@@ -187,6 +252,7 @@ class Publisher:
         )
         bar = Bar(f"saving {os.path.basename(task.path)}") if self.rank == 0 else None
         report = bar or (lambda done, total: None)
+        self._settle()
         self._origin.refresh()
 
         def work(offer: m.TaskOffer, task: m.SaveTask, place: int, look: Callable[[], None]) -> Save:
@@ -217,7 +283,7 @@ class Publisher:
         try:
             if self._origin.refresh():
                 self._session.forget_plans()
-            facts = self._origin.facts_id(modules)
+            _, facts = self._origin.facts(modules)
         except WeightbusError as error:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
             refusal = str(error)
@@ -239,9 +305,15 @@ class Publisher:
         )
 
     def close(self) -> None:
-        """Leave the hub. When the last trainer rank has left, the servers' ``serve`` returns."""
+        """Leave the hub, once an update in the background has ended.
+
+        When the last trainer rank has left, the servers' ``serve`` returns.
+        """
         if not self._closed:
             self._closed = True
+            self._settle()
+            if self._background is not None:
+                self._background.shutdown()
             self._session.close("trainer")
 
     def __enter__(self) -> Publisher:

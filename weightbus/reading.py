@@ -1,7 +1,8 @@
-"""Reading boxes of stored tensors: by several threads, straight into live memory where that is possible.
+"""Reading boxes of stored tensors, and writing them: by several threads, straight from or to live memory where
+that is possible, elsewhere through one buffer for each thread (pinned for CUDA).
 
-What a box asks of a file is exactly its bytes: one read for each run of them, be it a whole block of rows or one
-row's piece of a column shard. Elsewhere they pass through one buffer for each thread (pinned for CUDA).
+What a box asks of a file is exactly its bytes: one read for each run of them, be it a whole block of rows or
+one row's piece of a column shard.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Sources:
             raise unreadable(path, error) from error
 
     def read(self, tensor: Stored, begin: int, into: memoryview) -> None:
-        """Fill ``into`` from byte ``begin`` of the tensor's file. Raises SpecError where the file ends before."""
+        """Fill ``into`` from byte ``begin`` of the tensor's file. Raises SpecError if that ends before."""
         if (payload := self._memory.get(tensor.path)) is not None:
             into[:] = payload[begin : begin + len(into)]
             return
@@ -166,7 +167,7 @@ class Sources:
         self._files.clear()
 
 
-class _Lane:
+class _Worker:
     """One thread's buffer and, where it copies to a GPU, its stream."""
 
     def __init__(self, device: torch.device) -> None:
@@ -199,26 +200,26 @@ class _Lane:
 
 
 class _Threads:
-    """Runs work on pieces in READERS threads, each with a lane of its own."""
+    """Runs work on pieces in READERS threads."""
 
     def __init__(self, device: torch.device, check: Check) -> None:
         """check: called while waiting; raises once the task has ended elsewhere."""
         self._check = check
-        self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(READERS):
-            self._lanes.put(_Lane(device))
+            self._workers.put(_Worker(device))
 
     def run(
-        self, pieces: Sequence[Piece], work: Callable[[Piece, _Lane], None], progress: Callable[[int], None]
+        self, pieces: Sequence[Piece], work: Callable[[Piece, _Worker], None], progress: Callable[[int], None]
     ) -> None:
         """Returns once all pieces are done. Raises what the first one raises, when none is at work any more."""
 
         def one(piece: Piece) -> int:
-            lane = self._lanes.get()
+            worker = self._workers.get()
             try:
-                work(piece, lane)
+                work(piece, worker)
             finally:
-                self._lanes.put(lane)
+                self._workers.put(worker)
             return piece.nbytes
 
         pool = ThreadPoolExecutor(READERS, "weightbus-file")
@@ -232,9 +233,9 @@ class _Threads:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             for _ in range(READERS):
-                lane = self._lanes.get()
-                lane.drain()
-                self._lanes.put(lane)
+                worker = self._workers.get()
+                worker.drain()
+                self._workers.put(worker)
 
 
 class _Sums:
@@ -268,16 +269,16 @@ class Reader:
     ) -> None:
         """Put each piece into its read's view, which ``views`` gives by the read's number."""
 
-        def work(piece: Piece, lane: _Lane) -> None:
+        def work(piece: Piece, worker: _Worker) -> None:
             view = views[piece.number][piece.within]
             if piece.kept is not None:
-                lane.copy(view, piece.kept)
+                worker.copy(view, piece.kept)
             elif _direct(view) and view.dtype == torch_dtype(piece.stored.spec.dtype):
                 self._sources.fill(piece, memory_of(view))
             else:
-                tensor = lane.take(piece)
+                tensor = worker.take(piece)
                 self._sources.fill(piece, memory_of(tensor))
-                lane.copy(view, tensor)
+                worker.copy(view, tensor)
 
         self._threads.run(pieces, work, progress)
 
@@ -287,12 +288,12 @@ class Reader:
         """Sums of each read, by its number. keep: the bytes stay in memory, in the pieces."""
         sums = _Sums()
 
-        def work(piece: Piece, lane: _Lane) -> None:
+        def work(piece: Piece, worker: _Worker) -> None:
             if keep:
                 self._hold(piece)
             tensor = piece.kept
             if tensor is None:
-                tensor = lane.take(piece)
+                tensor = worker.take(piece)
                 self._sources.fill(piece, memory_of(tensor))
             sums.add(piece, tensor)
 
@@ -301,7 +302,7 @@ class Reader:
 
     def keep(self, pieces: Sequence[Piece], progress: Callable[[int], None]) -> None:
         """Read the pieces into memory of their own."""
-        self._threads.run(pieces, lambda piece, lane: self._hold(piece), progress)
+        self._threads.run(pieces, lambda piece, worker: self._hold(piece), progress)
 
     def _hold(self, piece: Piece) -> None:
         kept = torch.empty(piece.box.sizes, dtype=torch_dtype(piece.stored.spec.dtype))
@@ -324,14 +325,14 @@ class Writer:
         for path in {piece.stored.path for piece in pieces}:
             self._files[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
-        def work(piece: Piece, lane: _Lane) -> None:
+        def work(piece: Piece, worker: _Worker) -> None:
             view = views[piece.number][piece.within]
             if _direct(view):
                 tensor = view
             else:
-                tensor = lane.take(piece)
-                lane.copy(tensor, view)
-                lane.drain()
+                tensor = worker.take(piece)
+                worker.copy(tensor, view)
+                worker.drain()
             sums.add(piece, tensor)
             self._put(piece, memory_of(tensor))
 

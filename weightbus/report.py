@@ -86,9 +86,9 @@ class Report:
 class Loaded:
     """One load from disk, as this server rank saw it.
 
-    word: ``verified`` if the directory has a digest list, all ranks together have read what it says, and each
-    holds live what it has read; ``arrived`` if some tensors could not be digested live (each with its reason in
-    ``arrived``); ``unverified`` if there is no list. nbytes: this rank's. seconds: from the start, for all ranks.
+    word: ``verified`` if the directory has a digest list, all ranks together have read what it says, and
+    each holds live what it has read; ``arrived`` if some tensors could not be digested live (each with its
+    reason in ``arrived``); ``unverified`` if there is no list. nbytes: this rank's. seconds: of all ranks.
     """
 
     word: str

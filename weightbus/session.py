@@ -20,9 +20,10 @@ from weightbus.bucket import Staging
 from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError, UpdateError
 from weightbus.group import Group
+from weightbus.lanes import Lanes
 from weightbus.link import Link
 from weightbus.task_turn import MakeSave, TaskTurn, raise_for
-from weightbus.turn import SLACK_S, Planned, Progress, Turn
+from weightbus.turn import SLACK_S, Planned, Progress, Snapshot, Turn
 
 
 class Session:
@@ -37,8 +38,9 @@ class Session:
         self.origin: Origin | None = None
         self.destination: Destination | None = None
         self.staging = Staging(device, num_buckets)
+        self.lanes = Lanes(device)
         self._group: Group | None = None
-        self._plans: dict[str, Planned] = {}
+        self._plans: dict[tuple[str, bool], Planned] = {}
         self._epoch = -1
         self._users = 0
 
@@ -74,14 +76,23 @@ class Session:
 
     # -- following the hub -------------------------------------------------------------------------
 
-    def call(self, enter: m.Enter, progress: Progress) -> m.Outcome:
-        """Trainer ranks: enter an update or a check and follow it to its outcome."""
-        self.link.send(enter)
-        return self.follow(None, progress, enter.join_s + SLACK_S)
+    def call(self, enter: m.Enter, progress: Progress, snapshot: Snapshot | None = None) -> m.Outcome:
+        """Trainer ranks: enter an update or a check and follow it to its outcome.
 
-    def follow(self, offer: m.Offer | None, progress: Progress, wait_s: float = SLACK_S) -> m.Outcome:
+        snapshot: what is sent, instead of the live source.
+        """
+        self.link.send(enter)
+        return self.follow(None, progress, enter.join_s + SLACK_S, snapshot)
+
+    def follow(
+        self,
+        offer: m.Offer | None,
+        progress: Progress,
+        wait_s: float = SLACK_S,
+        snapshot: Snapshot | None = None,
+    ) -> m.Outcome:
         """From the offer to the outcome. Raises HubError if the hub is lost."""
-        turn = Turn(self, progress)
+        turn = Turn(self, progress, snapshot)
         if offer is not None:
             turn.offered(offer)
         while True:
@@ -157,11 +168,12 @@ class Session:
             self._plans.clear()
             self._epoch = epoch
 
-    def plan(self, token: str) -> Planned | None:
-        return self._plans.get(token)
+    def plan(self, token: str, *, frozen: bool) -> Planned | None:
+        """The plan as compiled for the live source, or for its snapshot."""
+        return self._plans.get((token, frozen))
 
-    def keep_plan(self, token: str, planned: Planned) -> None:
-        self._plans[token] = planned
+    def keep_plan(self, token: str, planned: Planned, *, frozen: bool) -> None:
+        self._plans[token, frozen] = planned
 
     def forget_plans(self) -> None:
         self._plans.clear()

@@ -1,6 +1,7 @@
 """Backends of torch.distributed used directly, so that no default group is made or touched.
 
-torch's private names here: ``ProcessGroupGloo._Options`` and its fields, ``_start_coalescing``.
+torch's private names here: ``ProcessGroupGloo._Options`` and its fields, ``_start_coalescing`` and
+``_end_coalescing``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -45,7 +47,8 @@ def gloo_backend(store: Any, rank: int, size: int, timeout_s: float, hub_address
 def nccl_backend(store: Any, rank: int, size: int, timeout_s: float, device: torch.device) -> Any:
     from torch.distributed import ProcessGroupNCCL
 
-    options = ProcessGroupNCCL.Options()
+    # Its kernels go before a digest's: the link is what has to be kept busy.
+    options = ProcessGroupNCCL.Options(is_high_priority_stream=True)
     # The watchdog ends the whole process when this passes, so it lies far above our own deadlines.
     options._timeout = timedelta(seconds=10 * timeout_s + 600)
     backend = ProcessGroupNCCL(store, rank, size, options)
@@ -53,9 +56,22 @@ def nccl_backend(store: Any, rank: int, size: int, timeout_s: float, device: tor
     return backend
 
 
-def broadcast(backend: Any, buffer: torch.Tensor, src: int) -> Any:
-    options = dist.BroadcastOptions()
-    options.rootRank = src
-    options.rootTensor = 0
-    options.asyncOp = True
-    return backend.broadcast([buffer], options)
+def broadcast(backend: Any, buffers: Sequence[tuple[torch.Tensor, int]], device: torch.device) -> list[Any]:
+    """Start a broadcast of each buffer from its rank; on CUDA in one NCCL group, which is one work."""
+
+    def start(buffer: torch.Tensor, src: int) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank = src
+        options.rootTensor = 0
+        options.asyncOp = True
+        return backend.broadcast([buffer], options)
+
+    if device.type != "cuda" or len(buffers) == 1:
+        return [start(buffer, src) for buffer, src in buffers]
+    backend._start_coalescing()
+    try:
+        for buffer, src in buffers:
+            start(buffer, src)
+    finally:
+        work = backend._end_coalescing()
+    return [work]

@@ -8,20 +8,30 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from weightbus import messages as m
-from weightbus.broadcast import IN_FLIGHT, Broadcast, on_side_stream, synchronise
-from weightbus.bucket import Compiled, compile_steps
+from weightbus.broadcast import Broadcast
+from weightbus.bucket import Compiled, compile_waves
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
 from weightbus.facts import Facts, decode_facts, encode_facts
+from weightbus.frozen import Frozen
 from weightbus.install import Target
-from weightbus.ledger import LIVE, Entry, Ledger, Record, Stage, live_entries, sent_entries
+from weightbus.lanes import Mark
+from weightbus.layout import Part
+from weightbus.ledger import Entry, Ledger, Record, live_entries, sent_entries
 from weightbus.plan import Plan, Want, merge_sources, plan_broadcast
 from weightbus.spec import Spec
 
 if TYPE_CHECKING:
+    from weightbus.ends import Origin
     from weightbus.session import Session
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
+
+# In how many pieces what lies in place is digested, while other waves are under way.
+DIGESTS = 16
+
+# An update in the background looks this often whether bytes have moved, and leaves the interpreter alone.
+BACKGROUND_PAUSE_S = 0.0005
 
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
@@ -69,11 +79,19 @@ class Evidence:
     live_only: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a trainer rank sends instead of its live source. filled: reached once it is complete."""
+
+    frozen: Frozen
+    filled: Mark
+
+
 class Turn:
     """State of this rank from the offer to the outcome."""
 
-    def __init__(self, session: Session, progress: Progress) -> None:
-        self.session, self.progress = session, progress
+    def __init__(self, session: Session, progress: Progress, snapshot: Snapshot | None) -> None:
+        self.session, self.progress, self.snapshot = session, progress, snapshot
         self.offer: m.Offer | None = None
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
@@ -94,6 +112,13 @@ class Turn:
     @property
     def _me(self) -> m.Member:
         return self._offer.members[self._rank]
+
+    @property
+    def _planned(self) -> Planned | None:
+        return self.session.plan(self._offer.plan, frozen=self.snapshot is not None)
+
+    def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
+        return self.snapshot.frozen.parts if self.snapshot else origin.layout.parts
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
@@ -133,9 +158,9 @@ class Turn:
             except Exception as error:
                 return self._refuse(error)
         if offer.planned:
-            self._ready(session.plan(offer.plan))
+            self._ready(self._planned)
         elif self._me.trainer is not None and session.origin:
-            blob = session.origin.blob(offer.modules)
+            blob, _ = session.origin.facts(offer.modules)
             session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
         return None
 
@@ -144,7 +169,7 @@ class Turn:
         try:
             if gathered.of == "wants":
                 planned = self._plan(gathered)
-                session.keep_plan(self._offer.plan, planned)
+                session.keep_plan(self._offer.plan, planned, frozen=self.snapshot is not None)
                 self._ready(planned)
                 return
             self._sources = gathered
@@ -180,14 +205,14 @@ class Turn:
         plan = plan_broadcast(self._decode(self._sources), wants, bucket_bytes=bucket_bytes)
         target = self._target(self._sources)
         sends = self._me.trainer is not None and session.origin is not None
-        compiled = compile_steps(
+        compiled = compile_waves(
             plan,
             rank,
-            source=session.origin.layout.parts if sends and session.origin else {},
+            source=self._parts(session.origin) if sends and session.origin else {},
             target=target,
             staging=session.staging,
-            in_flight=IN_FLIGHT,
         )
+        stages = {name: _stage(last, len(plan.waves)) for name, last in compiled.last.items()}
         groups = {blob: facts[member] for member, blob in gathered.holder.items()}
         group = gathered.holder.get(rank, 0)
         return Planned(
@@ -195,7 +220,7 @@ class Turn:
             compiled=compiled,
             target=target,
             sent=Ledger(_sent(plan, compiled, rank, groups)),
-            live=Ledger(live_entries(target, compiled.whole, group) if target else []),
+            live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
             group=group,
         )
 
@@ -204,7 +229,7 @@ class Turn:
     def go(self, go: m.Go) -> m.Outcome | None:
         """Run the plan and answer; the outcome, if the hub has ended the update meanwhile."""
         self._lap("ready")
-        planned = self.session.plan(self._offer.plan)
+        planned = self._planned
         error = ""
         try:
             assert planned is not None, "ready was answered with this plan"
@@ -229,23 +254,23 @@ class Turn:
 
         group = session.join_group(self._rank, len(offer.members), offer.transfer_s)
         self._lap("group")
-        route = Broadcast(planned.compiled, group, planned.target.hooks if planned.target else {})
-        with on_side_stream(session.device):
-            try:
-                route.run(
-                    look,
-                    packed=lambda step: planned.sent.digest(step, seed) if verify else None,
-                    arrived=lambda wire: planned.live.digest(wire, seed) if verify else None,
-                    progress=moved,
-                )
-                synchronise(session.device, look)
-            finally:
-                progress.wrote |= route.wrote
-            self._lap("transfer")
-            if verify:
-                planned.sent.digest(LIVE, seed)
-                planned.live.digest(LIVE, seed)
-                self._lap("verify")
+        hooks = planned.target.hooks if planned.target else {}
+        route = Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+        try:
+            route.run(
+                seed if verify else None,
+                check=look,
+                progress=moved,
+                after=self.snapshot.filled if self.snapshot else None,
+                pause_s=BACKGROUND_PAUSE_S if self.snapshot else 0.0,
+            )
+        finally:
+            progress.wrote |= route.wrote
+        self._lap("transfer")
+        if verify:
+            planned.sent.collect()
+            planned.live.collect()
+            self._lap("verify")
 
         def record(ledger: Ledger, target: Target | None) -> Record:
             return Record(
@@ -327,7 +352,7 @@ class Turn:
                 sent = session.origin.record(job) if self._me.trainer is not None and session.origin else None
                 live = session.destination.record(job) if self._me.server and session.destination else None
                 if live:
-                    live.ledger.digest(LIVE, job.seed)
+                    live.ledger.digest_live(job.seed)
                     live.sums[:] = live.ledger.sums
                 self._evidence.append(Evidence(sent=sent, live=live, modules=job.modules, live_only=True))
         except Exception as caught:
@@ -361,6 +386,7 @@ class Turn:
         if not outcome.ok and outcome.moved:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
             session.drop_group(abort=True)
+            session.lanes.drain(SLACK_S)
         if outcome.ok:
             (evidence,) = self._evidence
             for end, record in ((session.origin, evidence.sent), (session.destination, evidence.live)):
@@ -371,20 +397,28 @@ class Turn:
         return outcome
 
 
+def _stage(wave: int, waves: int) -> int:
+    """The wave after which what ``wave`` completes is digested: few digests, of which the last is short."""
+    every = -(-waves // DIGESTS)
+    return min((wave // every + 1) * every, waves) - 1
+
+
 def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]) -> list[Entry]:
     """Entries for everything that this rank sends: where it lies, or as cast in its bucket."""
     specs: dict[str, Spec] = {spec.name: spec for spec in plan.specs}
     wants = [groups[group] for group in sorted(groups)]
     entries = []
-    for index, step in enumerate(compiled.steps):
-        if step.src != rank:
-            continue
-        for i, (name, box, view) in enumerate(step.boxes):
-            stage: Stage = LIVE
-            if step.bucket is not None:
-                source = step.pack.src[i]
-                stage, view = (LIVE, source) if source.dtype == view.dtype else (index, view)
-            entries += sent_entries(name, specs[name], box, view, stage, wants)
+    for index, wave in enumerate(compiled.waves):
+        for step in wave.steps:
+            if step.src != rank:
+                continue
+            for name, box, view, origin in step.boxes:
+                assert origin is not None
+                if origin.dtype == view.dtype and origin.device == view.device:
+                    stage, view = _stage(index, len(compiled.waves)), origin
+                else:
+                    stage = index
+                entries += sent_entries(name, specs[name], box, view, stage, wants)
     return entries
 
 

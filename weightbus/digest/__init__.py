@@ -5,7 +5,7 @@ the fast ones over the same ``segments``; ``digester`` chooses between them.
 """
 
 from weightbus.digest.digester import Digester, model_digest, sub_part, tensor_digest
-from weightbus.digest.fold import fold
+from weightbus.digest.fold import fold, name_keys
 from weightbus.digest.grid61 import STABLE_SEED, Digest, P, combine, model_digest_of
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "fold",
     "model_digest",
     "model_digest_of",
+    "name_keys",
     "sub_part",
     "tensor_digest",
 ]

@@ -1,11 +1,11 @@
 """The digest by csrc/grid61.cu: compiled at first use by NVRTC through CuPy, which caches it on disk.
 
-A call is three kernels, and waits for the stream once, at its end.
+A call is three kernels, and the host waits once, for their end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class CudaSums:
         owners = np.repeat(np.arange(self._count, dtype=np.int32), np.diff(bounds))
         with torch.cuda.device(device):
             self._kernels = _kernels()
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._table = torch.from_numpy(segments.table).to(device)
             self._owners = torch.from_numpy(owners).to(device)
             # The host's memory, as the kernels see it: sooner than copies of so few bytes.
@@ -50,18 +51,20 @@ class CudaSums:
         self._keys_host, self._sums_host = (t.numpy().view(np.uint64) for t in (self._keys, self._sums))
         self._launches = self._prepared()
 
-    def sums(self, seed: bytes, stream: torch.cuda.Stream | None) -> npt.NDArray[np.uint64]:
+    def launch(self, seed: bytes, stream: torch.cuda.Stream | None) -> Callable[[], npt.NDArray[np.uint64]]:
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream() if stream is None else stream
+            self._done.synchronize()  # until its end, an earlier launch that nobody waited for reads its keys
             self._keys_host[:] = axis_keys(seed, self._axes)
             with _stream(stream.cuda_stream, self._device.index):
-                self._launch()
-            stream.synchronize()
-        return self._sums_host.copy()
+                for kernel, threads, arguments in self._launches:
+                    kernel((-(-threads // _BLOCK),), (_BLOCK,), arguments)
+            self._done.record(stream)
+        return self._result
 
-    def _launch(self) -> None:
-        for kernel, threads, arguments in self._launches:
-            kernel((-(-threads // _BLOCK),), (_BLOCK,), arguments)
+    def _result(self) -> npt.NDArray[np.uint64]:
+        self._done.synchronize()
+        return self._sums_host.copy()
 
     def _prepared(self) -> list[tuple[Any, int, tuple[int, ...]]]:
         """Each launch's kernel, threads and arguments."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain
@@ -26,8 +26,11 @@ from weightbus.torch_dtensor import local_parts
 _log = logging.getLogger(__name__)
 
 
+Sums = npt.NDArray[np.uint64]
+
+
 class _Sums(Protocol):
-    def sums(self, seed: bytes, stream: torch.cuda.Stream | None) -> npt.NDArray[np.uint64]: ...
+    def launch(self, seed: bytes, stream: torch.cuda.Stream | None) -> Callable[[], Sums]: ...
 
 
 class Digester:
@@ -47,13 +50,20 @@ class Digester:
         self.nbytes = sum(part.tensor.numel() * part.tensor.element_size() for part in self._parts)
         self._sums = _implementation(self._parts, next(iter(devices), torch.device("cpu")))
 
-    def sums(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> npt.NDArray[np.uint64]:
+    def sums(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> Sums:
         """uint64 array of shape (parts, 2): each part's sums at its place in its global tensor, in [0, P).
 
         Runs on ``stream``, by default the current one; synchronises with it once.
         Raises ValueError if ``seed`` is not 32 bytes.
         """
-        return self._sums.sums(check_seed(seed), stream)
+        return self.launch(seed, stream=stream)()
+
+    def launch(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> Callable[[], Sums]:
+        """As ``sums``, in two halves: the digest is on its way, and the returned function waits for it.
+
+        It waits for this digest only, not for what the stream does after it. Call it before the next launch.
+        """
+        return self._sums.launch(check_seed(seed), stream)
 
 
 def tensor_digest(tensor: Tensor, *, seed: bytes = STABLE_SEED) -> Digest:
