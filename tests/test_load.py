@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from models import fill, full, make, values
+from pipeline import SHAPES, bits, pipeline, versions_held, write_pipeline
+from pipeline import fill as fill_pipeline
 from processes import Job, run_jobs
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import weightbus
 from weightbus import hub as hub_module
@@ -18,7 +20,6 @@ from weightbus import messages as m
 from weightbus.asking import Asking
 from weightbus.digest_list import NAME as LIST
 from weightbus.digest_list import load_saved
-from weightbus.disk import stored_tensors
 
 
 def serve_hub(rank, size, *, address):
@@ -27,10 +28,6 @@ def serve_hub(rank, size, *, address):
 
 def hub(address):
     return Job(run=serve_hub, arguments={"address": address}, never_ends=True)
-
-
-def bits(tensor):
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def assert_state(state, expected):
@@ -103,105 +100,25 @@ def test_what_was_saved_is_loaded_bit_for_bit(address, tmp_path, trainers, serve
         assert not torch.equal(before["big"], now["big"])
 
 
-# -- a pipeline of several modules, two ranks each with a part of it -----------------------------------
-
-SHAPES = {
-    "transformer": {"qkv.weight": (96, 64), "out.weight": (64, 32), "norm.weight": (64,)},
-    "vae": {"decoder.weight": (48, 40), "decoder.bias": (48,)},
-    "text_encoder": {"embed.weight": (130, 16)},
-}
-
-
-class Sharded(nn.Module):
-    """Rows of every matrix, columns of ``out``: parameters with loaders, traced to boxes, as engines have them."""
-
-    def __init__(self, shapes, rank, size):
-        super().__init__()
-        self.rank, self.size = rank, size
-        for name, shape in shapes.items():
-            child, leaf = name.split(".")
-            if not hasattr(self, child):
-                setattr(self, child, nn.Module())
-            axis = 1 if child == "out" else 0
-            whole = len(shape) == 1
-            own = shape if whole else tuple(n // size if a == axis else n for a, n in enumerate(shape))
-            parameter = nn.Parameter(torch.zeros(own))
-            if not whole:
-                parameter.weight_loader = lambda p, w, axis=axis: p.data.copy_(w.chunk(size, axis)[rank])
-            getattr(self, child).register_parameter(leaf, parameter)
-
-
-def drawn(version):
-    generator = torch.Generator().manual_seed(version)
-    return {
-        module: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        for module, shapes in SHAPES.items()
-    }
-
-
-def shard(name, tensor, rank, size):
-    if tensor.ndim == 1:
-        return tensor
-    return tensor.chunk(size, 1 if name.startswith("out") else 0)[rank]
-
-
-def write_pipeline(folder, version, *, listed=False):
-    for module, tensors in drawn(version).items():
-        (folder / module).mkdir(parents=True)
-        for i, (name, tensor) in enumerate(tensors.items()):
-            save_file({name: tensor}, folder / module / f"part-{i}.safetensors")
-        if listed:
-            from weightbus.digest_files import digest_files
-            from weightbus.digest_list import saved_of
-
-            import msgspec
-
-            saved = saved_of(digest_files(stored_tensors(folder / module)), version)
-            (folder / module / LIST).write_bytes(msgspec.json.encode(saved))
-    return folder
-
-
-def held(pipeline):
-    return {
-        module: {name: p.detach().clone() for name, p in sharded.named_parameters()}
-        for module, sharded in pipeline.items()
-    }
-
-
-def versions_held(state, rank, size):
-    """For each module the version that it holds in every bit, or None."""
-    found = {}
-    for module, tensors in state.items():
-        found[module] = next(
-            (
-                v
-                for v in (1, 2, 3)
-                if all(
-                    torch.equal(bits(shard(n, drawn(v)[module][n], rank, size)), bits(t))
-                    for n, t in tensors.items()
-                )
-            ),
-            None,
-        )
-    return found
+# -- a pipeline of several modules -------------------------------------------------------------------
 
 
 def pipeline_server(rank, size, *, address):
-    pipeline = {module: Sharded(shapes, rank, size) for module, shapes in SHAPES.items()}
+    modules = pipeline(rank, size)
     calls = []
     subscriber = weightbus.Subscriber(
-        pipeline,
+        modules,
         address=address,
         rank=rank,
         replica_size=size,
         on_update=lambda version: calls.append(("update", version)),
-        on_commit=lambda version: calls.append(("commit", version, versions_held(held(pipeline), rank, size))),
+        on_commit=lambda version: calls.append(("commit", version, versions_held(modules, rank, size))),
         on_refused=lambda error: calls.append(("refused", str(error))),
         on_torn=lambda error: calls.append(("torn", str(error))),
     )
     with subscriber:
         subscriber.serve()
-        return calls, subscriber.state, subscriber.version, versions_held(held(pipeline), rank, size)
+        return calls, subscriber.state, subscriber.version, versions_held(modules, rank, size)
 
 
 def corrupt(folder):
@@ -237,8 +154,6 @@ def lack(folder):
 
 
 def lose(folder):
-    import shutil
-
     shutil.rmtree(folder / "vae")
 
 
@@ -266,15 +181,10 @@ SPOILS = {
 
 def driver(rank, size, *, address, good, bad):
     """A trainer that sends version 1 over the group; then loads that must fail, and one that must not."""
-    pipeline = {module: nn.Module() for module in SHAPES}
-    for module, tensors in drawn(1).items():
-        for name, tensor in tensors.items():
-            child, leaf = name.split(".")
-            if not hasattr(pipeline[module], child):
-                setattr(pipeline[module], child, nn.Module())
-            getattr(pipeline[module], child).register_parameter(leaf, nn.Parameter(tensor))
+    modules = pipeline()
+    fill_pipeline(modules, 1)
     failures, words = [], []
-    with weightbus.Publisher(pipeline, address=address, rank=rank, size=size, join_timeout_s=30) as publisher:
+    with weightbus.Publisher(modules, address=address, rank=rank, size=size, join_timeout_s=30) as publisher:
         words.append(publisher.update(1).word)
         with Asking(address) as asking:
             for path in bad:
@@ -295,13 +205,13 @@ def driver(rank, size, *, address, good, bad):
 
 
 def test_a_failure_in_the_second_module_leaves_all_bits(address, tmp_path):
-    """Whatever is wrong with one file of one module: refused on both ranks, named, nothing changed; the version that
-    had come over the group can still be proved. A load that succeeds is no version of the trainer's, and its check
-    says so, until the next update."""
-    good = write_pipeline(tmp_path / "good", 2, listed=True)
+    """Whatever is wrong with one file of one module: refused on both ranks, named, nothing changed; the version
+    that had come over the group can still be proved. A load that succeeds is no version of the trainer's, as its
+    check says, until the next update."""
+    good = write_pipeline(tmp_path / "good", 2)
     bad = []
     for spoil in SPOILS:
-        bad.append(write_pipeline(tmp_path / spoil.__name__, 3, listed=True))
+        bad.append(write_pipeline(tmp_path / spoil.__name__, 3))
         spoil(bad[-1])
     ((failures, words),), servers = run_jobs(
         Job(run=driver, arguments={"address": address, "good": good, "bad": [*bad, tmp_path / "nowhere"]}),

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch.distributed as dist
+
 from weightbus import messages as m
+from weightbus.changes import Snapshot
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.facts import Holding, encode_facts, facts_id
 from weightbus.frozen import Frozen, Where
@@ -111,11 +114,13 @@ class Destination(_End):
         on_commit: Callable[[int | None], None] | None,
         on_torn: Callable[[WeightbusError], None] | None,
         on_refused: Callable[[WeightbusError], None] | None,
+        cpu_group: dist.ProcessGroup | None,
     ) -> None:
         super().__init__(source)
         for one, other in self.layout.overlapping():
             raise SpecError(f"{one}: shares part of its storage with {other}; expected one or the other")
         self._name_map, self._local = name_map, local
+        self.cpu_group = cpu_group
         self._on_update, self._on_commit = on_update, on_commit
         self._on_torn, self._on_refused = on_torn, on_refused
         self.state: State = "empty"
@@ -124,6 +129,7 @@ class Destination(_End):
         self._before: State = "empty"
         self._traces: Traces = {}
         self._loaded: dict[str, str] = {}
+        self.snapshot: Snapshot | None = None
 
     def target(
         self, manifest: Mapping[str, Spec], modules: Sequence[str] | None, *, partial: bool = False
@@ -167,6 +173,12 @@ class Destination(_End):
         super().forget(modules)
         for key in self._keys(modules):
             self._loaded.pop(key, None)
+
+    def perturbed(self) -> None:
+        """A test overwrites all weights: they are no version, and only a complete update leads out."""
+        self.forget(None)
+        self.state, self.version = "torn", None
+        self.error = TornError("the weights were overwritten for a test")
 
     def before(self, version: int | None) -> None:
         """An update is about to start: the engine stops using the weights."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -99,6 +100,13 @@ class GetChecksum(_Body):
     """module_names: null is all."""
 
     module_names: Modules | None = None
+
+
+class CheckWeights(_Body):
+    """action: ``snapshot`` what is live, ``compare`` with the snapshot, or ``reset_tensors``, which overwrites
+    all weights, so that a test can tell what an update has written."""
+
+    action: Literal["snapshot", "compare", "reset_tensors"]
 
 
 class Pause(_Body):
@@ -278,9 +286,9 @@ def router(
         end = run(task)
         if not end.ok:
             return _answer(False, "; ".join(map(str, end.failures[:20])))
-        from weightbus.sha256_check import verdict_of  # here, as it imports torch
+        from weightbus.sha256_check import Sha256Verdict  # here, as it imports torch
 
-        verdict = verdict_of(end.answers)
+        verdict = Sha256Verdict.merged(msgspec.json.decode(a, type=Sha256Verdict) for a in end.answers)
         return _answer(verdict.ok, str(verdict))
 
     @routes.post("/get_weights_checksum", response_model=dict[str, str])
@@ -290,6 +298,17 @@ def router(
         if not end.ok:
             return _answer(False, "; ".join(map(str, end.failures[:20])))
         return JSONResponse(_checksums(end.answers))
+
+    @routes.post("/weights_checker", response_model=Answer)
+    def weights_checker(body: CheckWeights) -> JSONResponse:
+        """Whether live weights have changed since a moment, on every rank."""
+        question = "perturb" if body.action == "reset_tensors" else body.action
+        end = run(m.ProbeTask(replica=replica, question=question))
+        if not end.ok:
+            return _answer(False, "; ".join(map(str, end.failures[:20])))
+        found = [json.loads(answer) for answer in end.answers]
+        texts = [f"rank {rank}: {one['text']}" for rank, one in enumerate(found)]
+        return _answer(all(one["ok"] for one in found), f"{body.action}: " + "; ".join(texts))
 
     @routes.post("/pause_generation", response_model=Answer)
     def pause_generation(body: Pause | None = None) -> JSONResponse:
@@ -360,10 +379,10 @@ def _frames(payloads: Sequence[Payload]) -> tuple[list[m.Frame], list[bytes]]:
     """Raw frames for a request's payloads. Raises _Refusal for what is no base64, or a pickle."""
     frames, found = [], []
     for place, payload in enumerate(payloads):
-        named: dict[str | None, str] = {None: payload} if isinstance(payload, str) else {**payload}
+        named = [(None, payload)] if isinstance(payload, str) else list(payload.items())
         if not named:
             raise _Refusal(f"serialized_named_tensors.{place}: expected a payload for a module, got none")
-        for module, text in named.items():
+        for module, text in named:
             where = f"serialized_named_tensors.{place}" + (f".{module}" if module else "")
             try:
                 data = base64.b64decode(text.encode("ascii"), validate=True)

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from weightbus import messages as m
+from weightbus.changes import compare, snapshot
 from weightbus.ends import Destination
-from weightbus.errors import SpecError
+from weightbus.errors import SpecError, UpdateError
+from weightbus.perturbation import perturb
 from weightbus.sha256 import module_sha256
 from weightbus.sha256_check import check_sha256
 
@@ -23,7 +25,9 @@ Manifests = dict[str, str] | list[dict[str, str]]
 
 
 class Probe:
-    """``checksum``: SHA-256 of modules. ``sha256``: a module's tensors against expected digests."""
+    """``checksum``: SHA-256 of modules. ``sha256``: a module's tensors against expected digests. ``snapshot`` and
+    ``compare``: whether anything has changed in between. ``perturb``: other values everywhere, for tests; only a
+    complete update or load leads out of ``torn`` then."""
 
     def __init__(
         self,
@@ -55,7 +59,21 @@ class Probe:
                     partial=True,
                 )
                 return msgspec.json.encode(verdict)
-        raise SpecError(f"question: expected checksum or sha256, got {self._task.question!r}")
+            case "snapshot":
+                self._destination.snapshot = snapshot(self._destination.source)
+                return json.dumps(
+                    {"ok": True, "text": f"{len(self._destination.snapshot.digests)} tensors"}
+                ).encode()
+            case "compare":
+                if self._destination.snapshot is None:
+                    raise UpdateError("compare: expected a snapshot before, got none on this rank")
+                changes = compare(self._destination.snapshot, self._destination.source)
+                return json.dumps({"ok": changes.none, "text": str(changes)}).encode()
+            case "perturb":
+                self._destination.perturbed()
+                perturb(self._destination.source)
+                return json.dumps({"ok": True, "text": "perturbed"}).encode()
+        raise SpecError(f"question: expected one that this rank can answer, got {self._task.question!r}")
 
     def _modules(self, names: list[str] | None) -> Mapping[str, Any]:
         source = self._destination.source

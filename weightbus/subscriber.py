@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import torch.distributed as dist
+
 from weightbus import messages as m
 from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
@@ -45,6 +47,8 @@ class Subscriber:
     agree: for engines whose steps are collective: takes this rank's "an update is waiting" and returns
         the same answer on all ranks of the replica, such as an all-reduce with MAX; so that all enter an
         update between the same two steps. Called once in each ``poll``.
+    cpu_group: the engine's own group of the replica's ranks, for CPU tensors: with it, SHA-256 digests of whole
+        tensors are put together from shards. Without it, ranks are asked about their shards alone.
     Raises HubError if no hub answers in ``connect_timeout_s`` or it refuses this rank.
     """
 
@@ -63,6 +67,7 @@ class Subscriber:
         on_torn: Callable[[WeightbusError], None] | None = None,
         on_refused: Callable[[WeightbusError], None] | None = None,
         agree: Callable[[bool], bool] | None = None,
+        cpu_group: dist.ProcessGroup | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
         connect_timeout_s: float = 300.0,
     ) -> None:
@@ -74,6 +79,7 @@ class Subscriber:
             on_commit=on_commit,
             on_torn=on_torn,
             on_refused=on_refused,
+            cpu_group=cpu_group,
         )
         self.rank, self.replica_size = rank_and_size(self._destination.layout, rank, replica_size)
         self.replica = replica

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from weightbus import messages as m
 from weightbus.errors import HubError, SpecError, TornError, UpdateError
 from weightbus.load import Load
+from weightbus.probe import Probe
 from weightbus.turn import LOOK_S, SLACK_S, Ended, explain
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class TaskTurn:
         if isinstance(task, m.LoadTask):
             report = self._report or (lambda done, total: None)
             return Load(self.offer, task, destination, look=self._look(), progress=report)
-        raise UpdateError(f"question: expected one that this rank can answer, got {task.question!r}")
+        return Probe(task, place, len(self.offer.members), destination, destination.cpu_group)
 
     def _check(self, gathered: m.Gathered) -> m.Ready:
         assert self.work is not None, "the hub gathers what was prepared"

@@ -287,6 +287,8 @@ class Tasks:
         version = next((done.version for done in dones), None)
         if isinstance(going.task, m.LoadTask):
             self.saw(outcome.replicas, ok, moved, version)
+        if isinstance(going.task, m.ProbeTask) and going.task.question == "perturb":
+            self.saw(outcome.replicas, False, True, None)
         facts = [going.answers.get(member.peer) for member in going.members]
         end = m.TaskEnd(
             id=going.request.ask.id,
