@@ -2,11 +2,11 @@
 
     python benchmarks/disk.py --model qwen3-0.6b --pairs 9 --json benchmarks/results/disk-cpu.json
 
-Server ranks of one replica on this host, each with its rows, or its columns, of every matrix. The plain read is
-what a program of a few lines would do: the same threads, each with ``preadv`` of whole blocks into memory that is
-there already, as many bytes for each rank as it holds. Both are timed until the slowest rank has ended. *Cold*:
-the files are dropped from the page cache before each read. ``rchar`` is what all ranks have asked files for in
-one load, by the bytes that they hold; ``peak`` is the growth of the largest rank's resident memory over its own tensors.
+Server ranks of one replica on this host, each with its rows, or its columns, of every matrix. The plain read
+is what a program of a few lines would do: the same threads, each with ``preadv`` of whole blocks into memory
+that is there already, as many bytes for each rank as it holds. Both are timed until the slowest rank has ended.
+*Cold*: the files are dropped from the page cache before each read. ``rchar`` is what all ranks have asked files
+for in one load, by the bytes that they hold; ``peak`` is what the largest rank's resident memory grew by.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from shapes import MODELS
-from torch import Tensor, nn
 from timing import timings
+from torch import Tensor, nn
 
 import weightbus
 from weightbus.digest_files import digest_files
@@ -159,6 +159,7 @@ def server(rank: int, args: argparse.Namespace, folders: dict[bool, Path], resul
         with weightbus.Subscriber(
             model, address=args.address, rank=rank, replica_size=size, name_map=name_map
         ) as subscriber:
+            subscriber.update_from_disk(folders[False])  # what is imported at first use is there from now on
             before, peak = rchar(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             subscriber.update_from_disk(folders[False])
             asked = total(rchar() - before)

@@ -7,10 +7,8 @@ import hashlib
 import json
 import threading
 import time
-from pathlib import Path
 
 import httpx
-import pytest
 import torch
 import torch.distributed as dist
 import uvicorn

@@ -60,7 +60,7 @@ LAYERS = {
         "sha256_check",
     ),
     4: ("report", "ends", "turn", "load", "save", "probe", "task_turn", "session", "publisher", "subscriber"),
-    5: ("cli", "digest_files", "http", "__main__"),
+    5: ("cli", "digest_files", "load_command", "http", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 SURFACES = ("benchmarks", "examples")

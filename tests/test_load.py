@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
 import shutil
+import threading
 
+import msgspec
 import pytest
 import torch
 from models import fill, full, make, values
-from pipeline import SHAPES, bits, pipeline, versions_held, write_pipeline
+from pipeline import SHAPES, Sharded, bits, pipeline, shard, versions_held, write_pipeline
 from pipeline import fill as fill_pipeline
-from processes import Job, run_jobs
+from processes import Job, free_address, run_jobs
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import weightbus
 from weightbus import hub as hub_module
 from weightbus import messages as m
+from weightbus import reading
 from weightbus.asking import Asking
 from weightbus.digest_list import NAME as LIST
-from weightbus.digest_list import load_saved
+from weightbus.digest_list import load_saved, saved_of
 
 
 def serve_hub(rank, size, *, address):
@@ -66,13 +72,12 @@ def loader(rank, size, *, address, kind, path, dtype=torch.float32, arguments=No
 def test_what_was_saved_is_loaded_bit_for_bit(address, tmp_path, trainers, servers):
     """Files that safetensors' own library reads too, one digest list, no scratch left."""
     path = tmp_path / "version-3"
-    (said, *_), _ = run_jobs(
+    ((said, *_),) = run_jobs(
         Job(
             run=saver,
             size=trainers[1],
             arguments={"address": address, "kind": trainers[0], "path": path, "file_bytes": 1 << 18},
         ),
-        hub(address),
     )
     assert "saved 13 tensors" in said[0]
     assert [p.name for p in tmp_path.iterdir()] == ["version-3"]
@@ -89,6 +94,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(address, tmp_path, trainers, serve
     assert {name: entry.digest for name, entry in saved.tensors.items()} == {
         n: str(d) for n, d in digests.items()
     }
+    address = free_address()  # the trainer's own hub lingers
     loaded, _ = run_jobs(
         Job(run=loader, size=servers[1], arguments={"address": address, "kind": servers[0], "path": path}),
         hub(address),
@@ -206,8 +212,8 @@ def driver(rank, size, *, address, good, bad):
 
 def test_a_failure_in_the_second_module_leaves_all_bits(address, tmp_path):
     """Whatever is wrong with one file of one module: refused on both ranks, named, nothing changed; the version
-    that had come over the group can still be proved. A load that succeeds is no version of the trainer's, as its
-    check says, until the next update."""
+    that had come over the group can still be proved. A load that succeeds is no version of the trainer's, as
+    its check says, until the next update."""
     good = write_pipeline(tmp_path / "good", 2)
     bad = []
     for spoil in SPOILS:
@@ -242,3 +248,183 @@ def test_a_failure_in_the_second_module_leaves_all_bits(address, tmp_path):
             ("commit", 4, everything),
         ]
         assert (state, version, now) == ("ready", 4, everything)
+
+
+# -- what is read, and what memory that takes ----------------------------------------------------------
+
+BIG = {"rows.weight": (2048, 2048), "out.weight": (2048, 2048), "norm.weight": (2048,)}
+
+
+def rchar():
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])
+
+
+def big_server(rank, size, *, address, folder, staged, arguments):
+    """``staged``: live memory that a file can't be read into directly, so that bytes pass through buffers."""
+    reading.BUFFER_BYTES = 1 << 20
+    model = Sharded(BIG, rank, size)
+    if staged:
+        for parameter in model.parameters():
+            parameter.data = torch.ones((*parameter.shape, 2))[..., 0]
+    held = sum(parameter.numel() * 4 for parameter in model.parameters())
+    with weightbus.Subscriber(model, address=address, rank=rank, replica_size=size) as subscriber:
+        subscriber.update_from_disk(folder)  # what is imported at first use is there from now on
+        before, peak = rchar(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        report = subscriber.update_from_disk(folder, **arguments)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
+        asked = rchar() - before
+    state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return report.word, asked, held, grown, state
+
+
+@pytest.mark.parametrize(
+    ("listed", "staged", "arguments", "word", "times", "kept"),
+    [
+        (False, False, {}, "unverified", 1.0, 0.0),
+        (False, True, {}, "unverified", 1.0, 0.0),
+        (True, False, {"atomic": True}, "verified", 1.0, 1.0),
+        (True, False, {}, "verified", 2.0, 0.0),
+        (True, True, {"verify": False}, "unverified", 1.0, 0.0),
+    ],
+    ids=["in place", "through buffers", "atomic", "verified", "unverified"],
+)
+def test_ranks_ask_files_for_what_they_hold_and_memory_is_bounded(
+    address, tmp_path, listed, staged, arguments, word, times, kept
+):
+    """Row shards and column shards of two ranks, in bytes requested of files by both together."""
+    generator = torch.Generator().manual_seed(5)
+    whole = {name: torch.randn(shape, generator=generator) for name, shape in BIG.items()}
+    save_file(whole, tmp_path / "m.safetensors")
+    if listed:
+        saved = saved_of({name: weightbus.tensor_digest(tensor) for name, tensor in whole.items()})
+        (tmp_path / LIST).write_bytes(msgspec.json.encode(saved))
+    given = {"address": address, "folder": tmp_path, "staged": staged, "arguments": arguments}
+    servers, _ = run_jobs(Job(run=big_server, size=2, arguments=given), hub(address))
+    asked, held = sum(row[1] for row in servers), sum(row[2] for row in servers)
+    assert held <= asked / times <= 1.02 * held
+    for rank, (said, _, own, grown, state) in enumerate(servers):
+        assert said == word
+        assert grown <= kept * own + (8 << 20)
+        for name, tensor in whole.items():
+            assert torch.equal(bits(shard(name, tensor, rank, 2)), bits(state[name]))
+
+
+# -- failures after the first write --------------------------------------------------------------------
+
+
+class Breaks(nn.Module):
+    """Its second parameter's loader computes, so that it can't be traced, and raises on rank 1."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(6, 4))
+        self.second = nn.Parameter(torch.zeros(6, 4))
+        self.fails = rank == 1
+        self.second.weight_loader = self.load
+
+    def load(self, parameter, loaded):
+        if self.fails and not loaded.is_meta:
+            raise ValueError("no room")
+        parameter.data.copy_(loaded * 2)
+
+
+def breaking_server(rank, size, *, address, folder):
+    model = Breaks(rank)
+    torn = []
+    with weightbus.Subscriber(
+        model, address=address, rank=rank, replica_size=size, on_torn=lambda error: torn.append(str(error))
+    ) as subscriber:
+        with pytest.raises(
+            weightbus.TornError, match=r"second: weight_loader of second raised ValueError: no room"
+        ):
+            subscriber.update_from_disk(folder)
+        states = [subscriber.state]
+        model.fails = False
+        report = subscriber.update_from_disk(folder)
+        states.append(subscriber.state)
+    return states, torn, report.word, dict(report.arrived), model.first.detach(), model.second.detach()
+
+
+def test_a_hook_that_raises_leaves_ranks_torn_until_a_whole_load(address, tmp_path):
+    tensors = {"first": torch.randn(6, 4), "second": torch.randn(6, 4)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    saved = saved_of({name: weightbus.tensor_digest(tensor) for name, tensor in tensors.items()})
+    (tmp_path / LIST).write_bytes(msgspec.json.encode(saved))
+    servers, _ = run_jobs(
+        Job(run=breaking_server, size=2, arguments={"address": address, "folder": tmp_path}), hub(address)
+    )
+    for states, torn, word, arrived, first, second in servers:
+        assert states == ["torn", "ready"]
+        assert len(torn) == 1
+        assert "replica 0 server rank 1" in torn[0]
+        assert word == "arrived"
+        assert "it computes with weights" in arrived["second"]
+        assert torch.equal(first, tensors["first"])
+        assert torch.equal(second, tensors["second"] * 2)
+
+
+def mapped_server(rank, size, *, address, folder):
+    """A fused parameter in bfloat16 behind a name map; rank 0 calls, the others serve."""
+    model = nn.Module()
+    model.qkv = nn.Parameter(torch.zeros(12 // size, 4, dtype=torch.bfloat16))
+
+    def load(parameter, loaded, part):
+        rows = parameter.shape[0] // 3
+        parameter.data[part * rows : (part + 1) * rows].copy_(loaded.chunk(size, 0)[rank])
+
+    model.qkv.weight_loader = load
+    done = threading.Event()
+    subscriber = weightbus.Subscriber(
+        model,
+        address=address,
+        rank=rank,
+        replica_size=size,
+        name_map=lambda wire: ("qkv", "qkv".index(wire[0])),
+        on_commit=lambda version: done.set(),
+    )
+    with subscriber:
+        if rank == 0:
+            subscriber.update_from_disk(folder, version=5)
+        while not done.is_set():
+            subscriber.poll(timeout_s=0.2)
+        return subscriber.version, model.qkv.detach().float()
+
+
+def test_traced_hooks_take_their_boxes_only(address, tmp_path):
+    tensors = {name: torch.randn(4, 4).bfloat16() for name in ("q_proj", "k_proj", "v_proj")}
+    save_file(tensors, tmp_path / "m.safetensors")
+    servers, _ = run_jobs(
+        Job(run=mapped_server, size=2, arguments={"address": address, "folder": tmp_path}), hub(address)
+    )
+    for rank, (version, qkv) in enumerate(servers):
+        assert version == 5
+        assert torch.equal(qkv, torch.cat([t.chunk(2, 0)[rank] for t in tensors.values()]).float())
+
+
+def lonely_saver(rank, size, *, address, folder, dies):
+    model = make("fsdp2", rank, size)
+    with weightbus.Publisher(model, address=address, rank=rank, size=size, dead_after_s=1.0) as publisher:
+        if rank == 1:
+            if dies:
+                os._exit(1)
+            with pytest.raises(weightbus.UpdateError, match="expected SaveTask"):
+                publisher.save(folder / "other", timeout_s=5.0)
+            return "refused"
+        with pytest.raises(weightbus.UpdateError) as caught:
+            publisher.save(folder / "whole", timeout_s=5.0)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_save_that_fails_leaves_nothing_behind(address, tmp_path, dies):
+    ((said, *_),) = run_jobs(
+        Job(
+            run=lonely_saver,
+            size=2,
+            arguments={"address": address, "folder": tmp_path, "dies": dies},
+            fails=int(dies),
+        ),
+    )
+    assert "trainer rank 1" in said
+    assert list(tmp_path.iterdir()) == []

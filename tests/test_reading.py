@@ -121,7 +121,9 @@ def test_asks_a_file_for_exactly_the_bytes_of_its_boxes(stored, monkeypatch):
     asked = []
     real = reading.os.preadv
     monkeypatch.setattr(
-        reading.os, "preadv", lambda fd, buffers, at: asked.append(sum(map(len, buffers))) or real(fd, buffers, at)
+        reading.os,
+        "preadv",
+        lambda fd, buffers, at: asked.append(sum(map(len, buffers))) or real(fd, buffers, at),
     )
     box = box_of(tensors["matrix"], (0, 70), (25, 50))
     view = torch.zeros(70, 25)
@@ -133,7 +135,7 @@ def test_asks_a_file_for_exactly_the_bytes_of_its_boxes(stored, monkeypatch):
 
 
 def test_the_first_failure_ends_it_and_no_thread_goes_on(stored):
-    tensors, files = stored
+    _, files = stored
     view = torch.zeros(70, 50)
     sources = Sources([files["matrix"]], {})
     os.truncate(files["matrix"].path, files["matrix"].begin + 5000)

@@ -21,20 +21,21 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from weightbus import __version__
 from weightbus import messages as m
 from weightbus.asking import Asking
 from weightbus.disk import check_inside
-from weightbus.errors import HubError, WeightbusError
+from weightbus.errors import HubError, SpecError, WeightbusError
 from weightbus.payload import refuse_pickle
 
 DEFAULT_PORT = 5780
@@ -176,6 +177,8 @@ class _Route(APIRoute):
             except RequestValidationError as error:
                 return _answer(False, "; ".join(map(_validation, error.errors()[:5])))
             except HTTPException as error:
+                if isinstance(error.__cause__, _Refusal):  # raised while the body was read
+                    return _answer(False, error.__cause__.message, error.__cause__.status)
                 return _answer(False, str(error.detail), error.status_code)
             except HubError as error:
                 return _answer(False, str(error), 503)
@@ -216,7 +219,10 @@ def router(
     loads from disk are refused. max_body_bytes: of a request. wait_s: for updates and other requests to end;
     run_s: for each step of a load.
     """
-    allowed = [str(Path(root).resolve(strict=True)) for root in roots]
+    allowed = [str(Path(root).resolve()) for root in roots]
+    for root in allowed:
+        if not Path(root).is_dir():
+            raise SpecError(f"{root}: expected a directory to load models from, got none")
     engine = engine or Engine()
 
     class Route(_Route):
@@ -452,7 +458,7 @@ def main(arguments: list[str]) -> int:
             max_body_bytes=options.max_body,
             run_s=options.run_timeout,
         )
-    except OSError as error:
+    except SpecError as error:
         print(f"weightbus http: {error}", file=sys.stderr)
         return 2
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")

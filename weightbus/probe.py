@@ -25,9 +25,9 @@ Manifests = dict[str, str] | list[dict[str, str]]
 
 
 class Probe:
-    """``checksum``: SHA-256 of modules. ``sha256``: a module's tensors against expected digests. ``snapshot`` and
-    ``compare``: whether anything has changed in between. ``perturb``: other values everywhere, for tests; only a
-    complete update or load leads out of ``torn`` then."""
+    """``checksum``: SHA-256 of modules. ``sha256``: a module's tensors against expected digests. ``snapshot``
+    and ``compare``: whether anything has changed in between. ``perturb``: other values everywhere, for tests;
+    only a complete update or load leads out of ``torn`` then."""
 
     def __init__(
         self,

@@ -62,12 +62,13 @@ class Piece:
         return self.box.volume * ITEMSIZE[self.stored.spec.dtype]
 
 
-def pieces_of(reads: Sequence[Read], buffer_bytes: int = BUFFER_BYTES) -> list[Piece]:
+def pieces_of(reads: Sequence[Read], buffer_bytes: int | None = None) -> list[Piece]:
+    limit = BUFFER_BYTES if buffer_bytes is None else buffer_bytes
     return [
         Piece(number=number, stored=read.stored, box=box, within=box.within(read.box))
         for number, read in enumerate(reads)
         if read.box.volume
-        for box in read.box.split(buffer_bytes // ITEMSIZE[read.stored.spec.dtype])
+        for box in read.box.split(limit // ITEMSIZE[read.stored.spec.dtype])
     ]
 
 
@@ -149,8 +150,23 @@ class Sources:
 
     def fill(self, piece: Piece, into: memoryview) -> None:
         """Read a piece, row-major, into memory of its size."""
-        for begin, span in file_spans(piece):
-            self.read(piece.stored, begin, into[span])
+        spans = list(file_spans(piece))
+        file = self._files.get(piece.stored.path)
+        if file is None or len(spans) == 1:
+            for begin, span in spans:
+                self.read(piece.stored, begin, into[span])
+            return
+        # Runs of a column shard: the kernel's own read-ahead does not see that they follow each other.
+        first, (last, span) = spans[0][0], spans[-1]
+        os.posix_fadvise(file, first, last + span.stop - span.start - first, os.POSIX_FADV_WILLNEED)
+        length, preadv = span.stop - span.start, os.preadv
+        for begin, span in spans:
+            try:
+                whole = preadv(file, [into[span]], begin) == length
+            except OSError as error:
+                raise unreadable(piece.stored.path, error) from error
+            if not whole:  # cut short: by a signal, or by the file's end
+                self.read(piece.stored, begin, into[span])
 
     def check_unchanged(self) -> None:
         """Raises SpecError for a file that has been written to since it was opened."""
@@ -311,7 +327,7 @@ class Reader:
 
 
 class Writer:
-    """Writes pieces into files that exist, digests them on the way, and has them on the disk when it is closed."""
+    """Writes pieces into files that exist, and digests them on the way; what it has written is on the disk."""
 
     def __init__(self, device: torch.device, check: Check) -> None:
         self._threads = _Threads(device, check)

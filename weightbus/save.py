@@ -84,7 +84,7 @@ def _file(path: Path, group: Sequence[tuple[str, Spec]], metadata: Mapping[str, 
 
 
 def owners(sources: Mapping[int, Facts]) -> dict[tuple[str, Box], int]:
-    """Which rank writes each distinct box: of those that hold it, the one that has the least to write so far."""
+    """Which rank writes each distinct box: of those that hold it, the one with the least to write so far."""
     holders: dict[tuple[str, Box], list[int]] = {}
     nbytes: dict[tuple[str, Box], int] = {}
     for rank, facts in sources.items():

@@ -117,6 +117,11 @@ class Subscriber:
         """Why the last update was not committed; None after one that was."""
         return self._destination.error
 
+    @property
+    def left(self) -> bool:
+        """Whether the trainer job has left, as ``poll`` has seen."""
+        return self._left
+
     def poll(self, timeout_s: float = 0.0) -> bool:
         """Take part in an update, check, load or probe if one waits; whether one did.
 

@@ -174,8 +174,8 @@ class Tasks:
             request = self._waiting[0]
             members = self._members(request.ask.task)
             if isinstance(members, str):
-                if isinstance(request.ask.task, m.SaveTask):
-                    break  # the other trainer ranks are just coming
+                if self._coming(request.ask.task):
+                    break
                 self._waiting.popleft()
                 self._refuse(request, members)
                 continue
@@ -201,6 +201,15 @@ class Tasks:
             joined = sorted(replicas.get(replica, {}))
             return f"replica: expected one of the complete replicas {complete}, got {replica} (ranks {joined})"
         return [peer.member() for _, peer in sorted(replicas[replica].items())]
+
+    def _coming(self, task: m.Task) -> bool:
+        """Whether some of its ranks are here, and the others may be just coming."""
+        if isinstance(task, m.SaveTask):
+            return True
+        replicas, complete = self._roster.replicas(), self._roster.complete()
+        if task.replica is None:
+            return bool(replicas) and not complete
+        return task.replica in replicas and task.replica not in complete
 
     def _start(self, request: Waiting, members: list[m.Member], now: float) -> None:
         ask = request.ask
