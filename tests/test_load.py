@@ -28,8 +28,8 @@ from weightbus.digest_list import NAME as LIST
 from weightbus.digest_list import load_saved, saved_of
 
 
-def serve_hub(rank, size, *, address):
-    hub_module.Hub(address).serve()
+def serve_hub(rank, size, *, address, dead_after_s=10.0):
+    hub_module.Hub(address, dead_after_s=dead_after_s).serve()
 
 
 def hub(address):
@@ -314,17 +314,19 @@ def test_ranks_ask_files_for_what_they_hold_and_memory_is_bounded(
 
 
 class Breaks(nn.Module):
-    """Its second parameter's loader computes, so that it can't be traced, and raises on rank 1."""
+    """Its second parameter's loader computes, so that it can't be traced, and raises or dies on rank 1."""
 
-    def __init__(self, rank):
+    def __init__(self, rank, dies=False):
         super().__init__()
         self.first = nn.Parameter(torch.zeros(6, 4))
         self.second = nn.Parameter(torch.zeros(6, 4))
-        self.fails = rank == 1
+        self.fails, self.dies = rank == 1, dies
         self.second.weight_loader = self.load
 
     def load(self, parameter, loaded):
         if self.fails and not loaded.is_meta:
+            if self.dies:
+                os._exit(1)
             raise ValueError("no room")
         parameter.data.copy_(loaded * 2)
 
@@ -362,6 +364,60 @@ def test_a_hook_that_raises_leaves_ranks_torn_until_a_whole_load(address, tmp_pa
         assert "it computes with weights" in arrived["second"]
         assert torch.equal(first, tensors["first"])
         assert torch.equal(second, tensors["second"] * 2)
+
+
+def widow(rank, size, *, address, folder):
+    model = Breaks(rank, dies=True)
+    with weightbus.Subscriber(model, address=address, rank=rank, replica_size=size) as subscriber:
+        with pytest.raises(weightbus.TornError, match=r"replica 0 server rank 1 .*died: not heard for"):
+            subscriber.update_from_disk(folder, timeout_s=20)
+        return subscriber.state
+
+
+def test_a_rank_that_dies_while_it_writes_is_named_and_the_other_torn(address, tmp_path):
+    save_file({"first": torch.randn(6, 4), "second": torch.randn(6, 4)}, tmp_path / "m.safetensors")
+    given = {"address": address, "folder": tmp_path}
+    ((state, _), _) = run_jobs(
+        Job(run=widow, size=2, arguments=given, fails=1),
+        Job(run=serve_hub, arguments={"address": address, "dead_after_s": 4.0}, never_ends=True),
+    )
+    assert state == "torn"
+
+
+class Late:
+    """A name map that changes a file when it is asked again: after all has been looked at."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, version):
+        os.truncate(self.path, 200)
+
+
+def late_server(rank, size, *, address, folder, atomic):
+    model = nn.Linear(8, 8)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shorten = Late(folder / "m.safetensors")
+    with weightbus.Subscriber(model, address=address, rank=0, replica_size=1, on_update=shorten) as subscriber:
+        try:
+            word = subscriber.update_from_disk(folder, atomic=atomic).word
+        except weightbus.WeightbusError as error:
+            word = f"{type(error).__name__}: {error}"
+        return word, subscriber.state, torch.equal(before["weight"], model.weight)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_file_that_is_cut_after_all_were_ready(address, tmp_path, atomic):
+    """``on_update`` comes when everything has been looked at, and before the first write."""
+    save_file({"weight": torch.randn(8, 8), "bias": torch.randn(8)}, tmp_path / "m.safetensors")
+    given = {"address": address, "folder": tmp_path, "atomic": atomic}
+    ((word, state, same),), _ = run_jobs(Job(run=late_server, arguments=given), hub(address))
+    if atomic:
+        assert (word, state, same) == ("unverified", "ready", False)
+    else:
+        assert "TornError" in word
+        assert "truncated" in word
+        assert state == "torn"
 
 
 def mapped_server(rank, size, *, address, folder):

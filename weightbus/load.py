@@ -32,7 +32,7 @@ class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Load:
-    """The steps of a load on this rank: ``prepare``, ``check``, ``write``; ``close`` in any case."""
+    """The steps of a load on this rank: ``prepare``, ``check``, ``write``; then ``close``."""
 
     def __init__(
         self,
@@ -115,6 +115,7 @@ class Load:
             self._sums = self._reader.digest(digested, self._moved, keep=task.atomic)
         if task.atomic and task.path:
             self._reader.keep([piece for piece in self._pieces if piece.kept is None], self._moved)
+            self._sources.check_unchanged()
         return msgspec.msgpack.encode(
             _Prepared(
                 untaken=[name for name in manifest if name not in target.specs], digested=self._digested()
@@ -214,7 +215,8 @@ class Load:
         for hook in self._target.hooks.values():
             for fill in hook.effect.fills if isinstance(hook.effect, Effect) else ():
                 plain_view(hook.tensor)[fill.target.within(Box.whole(hook.tensor.shape))] = fill.value
-        self._sources.check_unchanged()
+        if not self.task.atomic:
+            self._sources.check_unchanged()
         if self._sums:
             self._prove()
 

@@ -234,7 +234,7 @@ class Publisher:
         file_bytes: int = DEFAULT_FILE_BYTES,
         timeout_s: float = 600.0,
     ) -> Saved:
-        """Write the source to safetensors files, with index and digest list, as ``update_from_disk`` reads them.
+        """Write the source to safetensors files, with index and digest list, for ``update_from_disk``.
 
         Collective over trainer ranks, with equal arguments; each writes what it holds, in its own dtypes. The
         source must not change until it returns.

@@ -110,7 +110,7 @@ class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Save:
-    """The steps of a save on this rank: ``prepare``, ``check``, ``write``, ``finish``; ``close`` in any case."""
+    """The steps of a save on this rank: ``prepare``, ``check``, ``write``, ``finish``; then ``close``."""
 
     def __init__(
         self,

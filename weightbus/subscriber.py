@@ -171,7 +171,7 @@ class Subscriber:
             safetensors file, or an index file. modules: names of a mapping target's modules; all by default.
         version: the label that ``version`` gives from now on; by default what ``publisher.save`` recorded.
         atomic: read everything into host memory before the first write, so that a file that can't be read any
-            more leaves the old weights live. verify: compare with the directory's digest list, where there is one.
+            more leaves the old weights live. verify: compare with the directory's digest list, if it has one.
         timeout_s: to wait for other ranks and rounds, and for each step.
         Raises UpdateError if nothing was written (the text names rank, file and tensor), TornError if ranks
         hold a mixture, HubError if the hub is lost.

@@ -105,11 +105,12 @@ class Tasks:
 
     def ask(self, client: bytes, ask: m.AskTask, now: float) -> None:
         request = Waiting(client=client, ask=ask, deadline=now + ask.wait_s)
-        nbytes = sum(frame.nbytes for frame in ask.frames)
+        nbytes = sum(frame.nbytes for one in [ask, *(w.ask for w in self._waiting)] for frame in one.frames)
         if len(self._waiting) >= MAX_WAITING:
             self._refuse(request, f"expected at most {MAX_WAITING} requests to wait, got one more")
         elif nbytes > m.MAX_PAYLOAD_BYTES:
-            self._refuse(request, f"expected at most {m.MAX_PAYLOAD_BYTES} bytes of payloads, got {nbytes}")
+            text = f"expected at most {m.MAX_PAYLOAD_BYTES} bytes of payloads in all that wait, got {nbytes}"
+            self._refuse(request, text)
         else:
             self._waiting.append(request)
 
