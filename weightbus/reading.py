@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -240,12 +240,11 @@ class _Threads:
 
         pool = ThreadPoolExecutor(READERS, "weightbus-file")
         try:
-            pending = {pool.submit(one, piece) for piece in pieces}
-            while pending:
+            for future in [pool.submit(one, piece) for piece in pieces]:
                 self._check()
-                done, pending = wait(pending, LOOK_S, FIRST_COMPLETED)
-                for future in done:
-                    progress(future.result())
+                while not wait((future,), LOOK_S).done:
+                    self._check()
+                progress(future.result())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             for _ in range(READERS):
