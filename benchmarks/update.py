@@ -245,7 +245,7 @@ def hashed(rank: Rank, model: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
     begun, nbytes = time.perf_counter(), 0
     for tensor in tensors:
         if nbytes + tensor.nbytes > HASHED_BYTES:
-            break
+            continue
         hashlib.sha256(as_bytes(tensor).cpu().numpy()).hexdigest()
         nbytes += tensor.nbytes
     seconds = rank.both(time.perf_counter() - begun)

@@ -15,12 +15,12 @@ VERSIONS = (1, 2, 3, 4)
 def trainer(rank, size, *, address, device, where):
     model = make("fsdp2", rank, size, device)
     with weightbus.Publisher(
-        model, address=address, bucket_bytes=1 << 18, join_timeout_s=30, snapshot=where
+        model, address=address, bucket_bytes=1 << 18, join_timeout_s=30, copy_to=where
     ) as publisher:
         futures = []
         for version in VERSIONS:
             fill(model, values(version))
-            # The third is sent from the live source, between two from the snapshot.
+            # The third is sent from the live source, between two from the copy.
             future = publisher.update(version, wait=version == 3)
             futures.append(future)
             if version != 3:
@@ -82,6 +82,6 @@ def test_a_process_that_serves_too_waits(address):
     assert run_jobs(Job(run=both, arguments={"address": address})) == [["verified"]]
 
 
-def test_where_the_snapshot_lies(address):
-    with pytest.raises(weightbus.SpecError, match="snapshot: expected 'device' or 'host', got 'disk'"):
-        weightbus.Publisher([("w", torch.zeros(2))], address=address, snapshot="disk")
+def test_where_the_copy_lies(address):
+    with pytest.raises(weightbus.SpecError, match="copy_to: expected 'device' or 'host', got 'disk'"):
+        weightbus.Publisher([("w", torch.zeros(2))], address=address, copy_to="disk")

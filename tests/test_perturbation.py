@@ -32,7 +32,10 @@ def everything(device: str = "cpu") -> dict[str, Tensor]:
 
 def bits(tensor: Tensor) -> Tensor:
     """Bytes of each element along a last axis."""
-    flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(
+        tensor.itemsize, tensor.dtype
+    )
+    flat = tensor.detach().view(integers).cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
     return flat.view(torch.uint8).reshape(flat.numel(), flat.itemsize)
 
 
@@ -47,7 +50,7 @@ def check_every_element_changes(device: str) -> None:
             assert not same.any(), name
             assert tensor.data_ptr() == places[name]
             if tensor.dtype.is_floating_point and tensor.numel():
-                size = tensor.double().abs()
+                size = tensor.cpu().double().abs()
                 assert size.isfinite().all(), name
                 assert size.ge(0.0078).all(), name
                 assert size.le(256).all(), name

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from models import Toy, fill, values
 from processes import Job, run_jobs
-from test_perturbation import check_every_element_changes, everything
+from test_perturbation import bits, check_every_element_changes, everything
 from torch import Tensor, nn
 
 from weightbus import (
@@ -30,9 +30,8 @@ pytestmark = pytest.mark.cuda
 
 def golden(tensor: Tensor) -> str:
     """By the recipe, of a copy on the host."""
-    host = tensor.detach().cpu().contiguous()
-    raw = host.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(str(host.dtype).encode() + repr(tuple(host.shape)).encode() + raw).hexdigest()
+    raw = bits(tensor).numpy().tobytes()
+    return hashlib.sha256(str(tensor.dtype).encode() + repr(tuple(tensor.shape)).encode() + raw).hexdigest()
 
 
 def large() -> list[tuple[str, Tensor]]:

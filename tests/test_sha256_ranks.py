@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import weightbus
-from weightbus import check_sha256, joined, named_sha256, whole_sha256
-from weightbus.errors import CoverageError, DigestError
+from weightbus import CoverageError, DigestError, check_sha256, joined, named_sha256, whole_sha256
 
 HEX0 = "0" * 64
 
@@ -131,24 +130,27 @@ def test_damage() -> None:
 
 
 def odd_replica(rank, size):
-    """Four ranks, two copies of two shards: only rank 3's is damaged."""
+    """Four ranks, two copies of two shards; one rank's is damaged, then two ranks'."""
     joined.CHUNK_BYTES = 64
     join_world(rank, size, "cpu")
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2))
     full = torch.arange(60.0).view(6, 10)
-    local = full.chunk(2, 0)[rank % 2].clone()
-    if rank == 3:
-        local[0, 0] = -1
-    pairs = [("w", DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False))]
-    verdict = check_sha256(pairs, {"w": golden(full)}, group=dist.group.WORLD)
-    with pytest.raises(DigestError, match="w: expected equal replicas, got others on rank 3"):
-        whole_sha256(pairs, dist.group.WORLD)
-    return verdict.mismatching
+    said = []
+    for damaged in [(3,), (0,), (1,), (1, 2)]:
+        local = full.chunk(2, 0)[rank % 2].clone()
+        if rank in damaged:
+            local[0, 0] = -1
+        pairs = [("w", DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False))]
+        said.append(check_sha256(pairs, {"w": golden(full)}, group=dist.group.WORLD).mismatching)
+        with pytest.raises(DigestError, match="w: expected equal replicas, got others on rank"):
+            whole_sha256(pairs, dist.group.WORLD)
+    return said
 
 
 def test_a_replica_is_not_vouched_for_by_another() -> None:
+    """Of one damaged replica the rank is known; where neither copy is whole, all are in doubt."""
     (ranks,) = run_jobs(Job(run=odd_replica, size=4))
-    assert ranks == [{"w": (3,)}] * 4
+    assert ranks == [[{"w": (3,)}, {"w": (0,)}, {"w": (1,)}, {"w": (0, 1, 2, 3)}]] * 4
 
 
 def engine_shards(rank, size):
@@ -214,6 +216,13 @@ def test_refusals_reach_all_ranks() -> None:
         assert count == "expected: expected a map of names to digests, or a list of 1 or 3; got 2 of them"
         assert outside is None or outside.startswith("big: expected boxes of 420000 elements in all")
         assert ok
+
+
+def test_a_group_for_gpus_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    with pytest.raises(weightbus.SpecError, match=r"as new_group\(backend='gloo'\) makes, got cuda:nccl"):
+        check_sha256(toy(), goldens(1), group=object())  # type: ignore[arg-type]
 
 
 def late(rank, size):

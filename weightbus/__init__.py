@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from weightbus.digest import model_digest as model_digest
     from weightbus.digest import sub_part as sub_part
     from weightbus.digest import tensor_digest as tensor_digest
+    from weightbus.errors import CoverageError as CoverageError
+    from weightbus.errors import DigestError as DigestError
     from weightbus.errors import HubError as HubError
     from weightbus.errors import SpecError as SpecError
     from weightbus.errors import TornError as TornError
@@ -40,7 +42,15 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "changes": ["Changes", "Snapshot", "compare", "snapshot"],
     "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
-    "errors": ["HubError", "SpecError", "TornError", "UpdateError", "WeightbusError"],
+    "errors": [
+        "CoverageError",
+        "DigestError",
+        "HubError",
+        "SpecError",
+        "TornError",
+        "UpdateError",
+        "WeightbusError",
+    ],
     "perturbation": ["perturb"],
     "publisher": ["Publisher"],
     "report": ["Mismatch", "Report", "Verdict"],

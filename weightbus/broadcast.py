@@ -41,23 +41,27 @@ class Broadcast:
         *,
         check: Callable[[], None],
         progress: Callable[[int], None],
+        meanwhile: Callable[[], None] = lambda: None,
         after: Mark = None,
         pause_s: float = 0.0,
     ) -> None:
         """Send, receive and install everything; returns once it is in place.
 
         seed: digest both ends under it, as they come; ``collect`` on both ledgers waits for the sums.
-        check: raises once the update has ended elsewhere. progress: told the bytes of each finished wave.
-        after: the source is ready then. pause_s: of the host between two looks at what is done.
+        check: raises once the update has ended elsewhere. meanwhile: called once, while bytes move.
+        progress: told the bytes of each finished wave. after: the source is ready then. pause_s: of the
+        host between two looks at what is done.
         """
         lanes, compiled = self.lanes, self.compiled
         lanes.begin(after)
         try:
             ahead = 0 if lanes.overlap else compiled.depth - 1
-            pending: deque[tuple[int, Wave, list[Any]]] = deque()
+            pending: deque[tuple[int, Wave, list[Any], Mark]] = deque()
             for index, wave in enumerate(compiled.waves):
                 check()
-                pending.append((index, wave, self._start(index, wave, seed)))
+                pending.append((index, wave, *self._start(index, wave, seed)))
+                if index == 0 and not lanes.overlap:
+                    meanwhile()
                 while len(pending) > ahead:
                     self._finish(*pending.popleft(), seed, check, progress)
             while pending:
@@ -69,6 +73,7 @@ class Broadcast:
                 self.sent.prepare(seed)
                 self.live.prepare(seed)
             if lanes.overlap:
+                meanwhile()
                 for wave, mark in zip(compiled.waves, self._ended, strict=True):
                     wait_for(mark, check, pause_s=pause_s)
                     progress(wave.nbytes)
@@ -76,8 +81,8 @@ class Broadcast:
         finally:
             lanes.end()
 
-    def _start(self, index: int, wave: Wave, seed: bytes | None) -> list[Any]:
-        """Fill this rank's bucket and start the transfers."""
+    def _start(self, index: int, wave: Wave, seed: bytes | None) -> tuple[list[Any], Mark]:
+        """Fill this rank's bucket and start the transfers; what to wait for."""
         lanes, earlier = self.lanes, index - self.compiled.depth
         free = self._ended[earlier] if earlier >= 0 else None
         packed = None
@@ -93,18 +98,20 @@ class Broadcast:
         self.wrote = True
         with lanes.send:
             works = self.group.broadcast([(step.buffer, step.src) for step in wave.steps])
+        sent = lanes.send.mark()
         if seed:
             with lanes.digest:
                 lanes.digest.after(packed)
                 if self.sent.launch(index, seed):
                     self._digested[index] = lanes.digest.mark()
-        return works
+        return works, sent
 
     def _finish(
         self,
         index: int,
         wave: Wave,
         works: list[Any],
+        sent: Mark,
         seed: bytes | None,
         check: Callable[[], None],
         progress: Callable[[int], None],
@@ -112,6 +119,7 @@ class Broadcast:
         """Install what has come."""
         lanes = self.lanes
         with lanes.install:
+            lanes.install.after(sent)
             for work in works:
                 self.group.wait(work, check)
             wave.unpack.run()

@@ -21,7 +21,7 @@ SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Digests of what one rank held of a source's tensors, some 200 bytes for each.
+    """Digests of what one rank held of a source's tensors.
 
     digests: by wire name, of this rank's parts; a tensor of which it holds no element has sums 0.
     aliases: each further name of a tied tensor, and the name that its digest stands under.

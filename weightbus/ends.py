@@ -31,13 +31,20 @@ class _End:
         self.source: Source = source if _rereadable(source) else list(source)  # type: ignore[arg-type]
         self.layout: Layout = layout_of(self.source)
         self._records: dict[str, Record] = {}
+        self._changed = False
 
     def refresh(self) -> bool:
         """Whether tensors have been replaced or moved since the layout was made; it is then made again."""
-        if self.layout.moved() is None:
+        if not self._changed and self.layout.moved() is None:
             return False
-        self.layout = layout_of(self.source)
+        self.layout, self._changed = layout_of(self.source), False
         return True
+
+    def changed(self) -> str | None:
+        """As ``Layout.changed``; the next ``refresh`` makes the layout again."""
+        name = self.layout.changed()
+        self._changed = name is not None
+        return name
 
     def _keys(self, modules: Sequence[str] | None) -> Sequence[str]:
         return modules if modules is not None else self.layout.modules or ("",)
@@ -78,7 +85,11 @@ class Origin(_End):
             layout = self.layout.select(modules)
             blob = encode_facts(
                 {
-                    name: Holding(spec=spec, boxes=tuple(part.box for part in layout.parts[name]))
+                    name: Holding(
+                        spec=spec,
+                        boxes=tuple(part.box for part in layout.parts[name]),
+                        in_place=all(part.tensor.is_contiguous() for part in layout.parts[name]),
+                    )
                     for name, spec in layout.specs.items()
                 }
             )
@@ -152,6 +163,7 @@ class Destination(_End):
             loaded = [self._loaded[key] for key in self._keys(job.modules) if key in self._loaded]
             version = loaded[0] if loaded else f"version {record.version}" if record else "none"
             raise UpdateError(f"expected version {job.version}, got {version}; this rank is {self.state}")
+        self.changed()
         if self.refresh() or (record.target is not None and record.target.base is not self.layout):
             return self._relive(record, job)
         return record

@@ -41,19 +41,16 @@ class Group:
     def broadcast(self, buffers: Sequence[tuple[torch.Tensor, int]]) -> list[Any]:
         """Start broadcasts together, each of a buffer (uint8, contiguous) from a group rank.
 
-        Returns their works. On CUDA they come after what is in the current stream.
+        Returns their works. On CUDA they are put into the current stream, and there are none.
         """
         return [] if self._backend is None else torch_group.broadcast(self._backend, buffers, self.device)
 
     def wait(self, work: Any, check: Callable[[], None]) -> None:
-        """CPU: until ``work`` is done. CUDA: the current stream waits for it, the host does not.
+        """Until ``work`` is done.
 
         check: called while waiting; raises once the update has ended.
         Raises UpdateError if the transfer failed.
         """
-        if self.device.type == "cuda":
-            work.wait()
-            return
         while not work.is_completed():
             with contextlib.suppress(RuntimeError):  # the slice is over, or what the wait below raises again
                 work.wait(_SLICE)

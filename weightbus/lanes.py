@@ -16,11 +16,11 @@ Mark = Any
 class Lane:
     """Runs what is put into it in order, after what it was told to wait for."""
 
-    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         self.stream: Any = None
         self._entered: list[Any] = []
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device, priority=-1 if urgent else 0)  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Lane:
         if self.stream is not None:
@@ -50,8 +50,9 @@ class Lanes:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pack, self.send = Lane(device, urgent=True), Lane(device, urgent=True)
-        self.install, self.digest = Lane(device, urgent=True), Lane(device)
+        # The link is what has to be kept busy, then what it waits for.
+        self.pack, self.send = Lane(device, -1), Lane(device, -2)
+        self.install, self.digest = Lane(device, -1), Lane(device)
         self._all = (self.pack, self.send, self.install, self.digest)
 
     @property
@@ -64,7 +65,7 @@ class Lanes:
         if self.overlap:
             now = torch.cuda.current_stream(self.device).record_event()
             for lane in self._all:
-                lane.after(now)
+                lane.stream.wait_event(now)
                 lane.after(after)
 
     def end(self) -> None:

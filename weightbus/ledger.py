@@ -15,8 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from weightbus.box import Box
-from weightbus.digest import Digester, P, fold, name_keys
-from weightbus.digest.fold import NameKeys
+from weightbus.digest import Digester, NameKeys, P, fold_with
 from weightbus.facts import Facts
 from weightbus.install import Target
 from weightbus.layout import Part
@@ -55,7 +54,8 @@ class Ledger:
             first = rows.stop
         self.sums: Sums = np.zeros((len(self._entries), 2), dtype=np.uint64)
         self._launched: list[tuple[slice, Callable[[], Sums]]] = []
-        self._keys: tuple[bytes, NameKeys] = b"", {}
+        self._names = NameKeys([entry.part.spec.name for entry in self._entries])
+        self._keys: tuple[bytes, Sums] = b"", self.sums
         self._nbytes = [entry.part.tensor.nbytes for entry in self._entries]
         self._selections: dict[tuple[int, tuple[str, ...] | None, bool], tuple[list[int], list[str], int]] = {}
 
@@ -84,7 +84,7 @@ class Ledger:
     def prepare(self, seed: bytes) -> None:
         """Work out what ``fold`` needs under this seed, while there is time."""
         if self._keys[0] != seed:
-            self._keys = seed, name_keys({entry.part.spec.name for entry in self._entries}, seed)
+            self._keys = seed, self._names.under(seed)
 
     @property
     def groups(self) -> list[int]:
@@ -117,9 +117,9 @@ class Ledger:
         live_only: bool = False,
     ) -> tuple[tuple[int, int], int]:
         """Folded sums and digested bytes of a group's tensors. sums: as ``self.sums`` was at some time."""
-        rows, names, nbytes = self._select(group, modules, live_only)
+        rows, _, nbytes = self._select(group, modules, live_only)
         self.prepare(seed)
-        return fold(names, sums[rows], seed, self._keys[1]), nbytes
+        return fold_with(self._keys[1][rows], sums[rows]), nbytes
 
     def by_tensor(
         self, sums: Sums, group: int, modules: Sequence[str] | None = None, *, live_only: bool = False

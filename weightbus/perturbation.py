@@ -17,13 +17,13 @@ CHUNK_ELEMENTS = 1 << 22
 def perturb(source: Source, *, seed: int = 0, persistent_only: bool = True) -> None:
     """Overwrite what this rank holds of ``source`` in place, for tests: no element keeps its bits.
 
-    Every element of every tensor is written with another value than it had: floats and complex numbers get
-    parts of size 0.5 to 2, integers anything, a bool its opposite. So an element that an update should have
-    written and did not shows in a digest. Storage is never rebound; a tied tensor is written once.
+    Every element of every tensor is written with another value than it had: floats, and both parts of complex
+    numbers, of size 0.5 to 2 (float8_e8m0fnu: 1/128 to 128), integers of any, a bool its opposite. So an
+    element that an update should have written and did not shows in a digest. Storage is never rebound; a tied
+    tensor is written once.
     seed: any integer. On one kind of device, seed, name, box, dtype and values before decide the values, so
         that replicas which are equal stay equal. torch's global random state is not used.
-    Talks to no other rank; runs on each device's current stream. Takes some 20 bytes of memory for each of up
-    to CHUNK_ELEMENTS elements.
+    Talks to no other rank; runs on each device's current stream, in pieces of CHUNK_ELEMENTS elements.
     Raises SpecError, with nothing written, where tensors share memory without being tied.
     """
     layout = layout_of(source, persistent_only=persistent_only)

@@ -22,7 +22,7 @@ from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Saved, Verdict
 from weightbus.save import Save
 from weightbus.session import Session
-from weightbus.turn import Progress, Snapshot
+from weightbus.turn import Progress, SourceCopy
 
 log = logging.getLogger("weightbus")
 
@@ -44,13 +44,13 @@ class Publisher:
         of (name, tensor). Plain tensors, or DTensors of any mesh and placement but ``Partial``.
     address: the hub's. rank, size: default from the model's device mesh, else torchrun's variables.
     min_replicas: an update waits until so many replicas of the server job are complete.
-    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; ``bucket_bytes`` is also
-        how much is sent together. By default 64 MiB on the CPU, 256 MiB on CUDA.
+    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; by default 2 buckets of
+        64 MiB on the CPU, of 256 MiB on CUDA. So much is sent together, or more where it needs no bucket.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
     dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
     progress: called with (done, total) bytes; by default a bar on rank 0's terminal.
-    snapshot: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
+    copy_to: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
         ``host`` for pinned memory.
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
@@ -71,7 +71,7 @@ class Publisher:
         transfer_timeout_s: float = 300.0,
         dead_after_s: float = DEAD_AFTER_S,
         progress: Callable[[int, int], None] | None = None,
-        snapshot: Where = "device",
+        copy_to: Where = "device",
     ) -> None:
         if min_replicas < 1:
             raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
@@ -79,8 +79,8 @@ class Publisher:
         device = self._origin.layout.device
         if bucket_bytes is None:
             bucket_bytes = CUDA_BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
-        if snapshot not in ("device", "host"):
-            raise SpecError(f"snapshot: expected 'device' or 'host', got {snapshot!r}")
+        if copy_to not in ("device", "host"):
+            raise SpecError(f"copy_to: expected 'device' or 'host', got {copy_to!r}")
         if bucket_bytes < 1 << 10 or num_buckets < 1:
             raise SpecError(
                 f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
@@ -88,7 +88,7 @@ class Publisher:
         self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
         self._min_replicas, self._bucket_bytes = min_replicas, bucket_bytes
         self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
-        self._progress, self._snapshot = progress, snapshot
+        self._progress, self._copy_to = progress, copy_to
         self._background: ThreadPoolExecutor | None = None
         self._pending: Future[Report] | None = None
         self.version: int | None = None
@@ -132,14 +132,17 @@ class Publisher:
         Collective over trainer ranks, with equal arguments. The source must not change until it returns.
         version: an integer above the last one committed. modules: names of a mapping source's modules;
         all by default. verify: digest both ends, and commit only if all sums match.
-        wait: if False, the source is copied (see ``snapshot``) in the order of the current stream, and may
+        wait: if False, the source is copied (see ``copy_to``) in the order of the current stream, and may
         change at once; the returned future has the report, or raises. Calls that follow wait for it first.
         Raises UpdateError if nothing was written (the text names each rank and reason), TornError if
         server ranks were left with a mixture, HubError if the hub is lost.
         """
         begun = time.monotonic()
         self._settle()
-        enter = self._enter("update", version, modules, verify)
+        if not wait and self._origin.refresh():
+            self._session.forget_plans()
+        host = not wait and self._copy_to == "host"
+        enter = self._enter("update", version, modules, verify, " host" if host else "")
         if wait:
             bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
             try:
@@ -149,13 +152,13 @@ class Publisher:
                     bar.close()
         if self._session.destination is not None:
             raise UpdateError("wait: expected True, got False: this process serves the weights that it updates")
-        snapshot = None
+        copied = None
         if not enter.refusal:
-            frozen = self._origin.frozen(self._snapshot)
-            snapshot = Snapshot(frozen=frozen, filled=frozen.fill(modules))
+            frozen = self._origin.frozen(self._copy_to)
+            copied = SourceCopy(frozen=frozen, filled=frozen.fill(modules))
         if self._background is None:
             self._background = ThreadPoolExecutor(1, "weightbus-update")
-        self._pending = self._background.submit(self._send, enter, begun, self._progress, snapshot)
+        self._pending = self._background.submit(self._send, enter, begun, self._progress, copied)
         return self._pending
 
     def _settle(self) -> None:
@@ -169,10 +172,10 @@ class Publisher:
         enter: m.Enter,
         begun: float,
         on_progress: Callable[[int, int], None] | None,
-        snapshot: Snapshot | None,
+        copied: SourceCopy | None,
     ) -> Report:
         progress, version = Progress(report=on_progress), enter.version
-        outcome = self._session.call(enter, progress, snapshot)
+        outcome = self._session.call(enter, progress, copied)
         seconds = time.monotonic() - begun
         if not outcome.ok:
             reasons = "\n  ".join(["", *map(str, outcome.failures)])
@@ -253,7 +256,8 @@ class Publisher:
         bar = Bar(f"saving {os.path.basename(task.path)}") if self.rank == 0 else None
         report = bar or (lambda done, total: None)
         self._settle()
-        self._origin.refresh()
+        if self._origin.refresh():
+            self._session.forget_plans()
 
         def work(offer: m.TaskOffer, task: m.SaveTask, place: int, look: Callable[[], None]) -> Save:
             return Save(task, place, self._origin.layout, look=look, progress=report)
@@ -278,11 +282,11 @@ class Publisher:
             seconds=outcome.seconds,
         )
 
-    def _enter(self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool) -> m.Enter:
+    def _enter(
+        self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool, settings: str = ""
+    ) -> m.Enter:
         facts = refusal = ""
         try:
-            if self._origin.refresh():
-                self._session.forget_plans()
             _, facts = self._origin.facts(modules)
         except WeightbusError as error:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
@@ -295,7 +299,7 @@ class Publisher:
             modules=None if modules is None else list(modules),
             verify=verify,
             facts=facts,
-            settings=str(self._bucket_bytes),
+            settings=f"{self._bucket_bytes}{settings}",
             min_replicas=self._min_replicas,
             join_s=join_s,
             ready_s=ready_s,

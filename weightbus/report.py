@@ -74,6 +74,11 @@ class Report:
     def verified(self) -> bool:
         return self.word == "verified"
 
+    @property
+    def transfer_share(self) -> float:
+        """Of ``seconds``, in which bytes moved; the rest is control and what is left of digests."""
+        return self.stages.get("transfer", 0.0) / self.seconds
+
     def __str__(self) -> str:
         return (
             f"{self.word} version {self.version}: {_count(self.tensors, 'tensor')}, "

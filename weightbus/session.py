@@ -20,10 +20,11 @@ from weightbus.bucket import Staging
 from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError, UpdateError
 from weightbus.group import Group
+from weightbus.hub import SPIN_S
 from weightbus.lanes import Lanes
 from weightbus.link import Link
 from weightbus.task_turn import MakeSave, TaskTurn, raise_for
-from weightbus.turn import SLACK_S, Planned, Progress, Snapshot, Turn
+from weightbus.turn import SLACK_S, Planned, Progress, SourceCopy, Turn
 
 
 class Session:
@@ -76,28 +77,28 @@ class Session:
 
     # -- following the hub -------------------------------------------------------------------------
 
-    def call(self, enter: m.Enter, progress: Progress, snapshot: Snapshot | None = None) -> m.Outcome:
+    def call(self, enter: m.Enter, progress: Progress, copied: SourceCopy | None = None) -> m.Outcome:
         """Trainer ranks: enter an update or a check and follow it to its outcome.
 
-        snapshot: what is sent, instead of the live source.
+        copied: what is sent, instead of the live source.
         """
         self.link.send(enter)
-        return self.follow(None, progress, enter.join_s + SLACK_S, snapshot)
+        return self.follow(None, progress, enter.join_s + SLACK_S, copied)
 
     def follow(
         self,
         offer: m.Offer | None,
         progress: Progress,
         wait_s: float = SLACK_S,
-        snapshot: Snapshot | None = None,
+        copied: SourceCopy | None = None,
     ) -> m.Outcome:
         """From the offer to the outcome. Raises HubError if the hub is lost."""
-        turn = Turn(self, progress, snapshot)
+        turn = Turn(self, progress, copied)
         if offer is not None:
             turn.offered(offer)
         while True:
             limit_s = turn.limit_s if turn.offer else wait_s
-            message = self.link.receive(limit_s)
+            message = self.link.receive(limit_s, spin_s=SPIN_S)
             match message:
                 case None:
                     raise HubError(f"no word from {self.link.address} for {limit_s:.0f} s in an update")
@@ -169,7 +170,7 @@ class Session:
             self._epoch = epoch
 
     def plan(self, token: str, *, frozen: bool) -> Planned | None:
-        """The plan as compiled for the live source, or for its snapshot."""
+        """The plan as compiled for the live source, or for a copy of it."""
         return self._plans.get((token, frozen))
 
     def keep_plan(self, token: str, planned: Planned, *, frozen: bool) -> None:

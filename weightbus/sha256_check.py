@@ -134,20 +134,19 @@ def _joined(
     }
     joins = [join for name, of_ranks in held.items() for join in ways(name, of_ranks)]
     shards = shards_of(tensors, sorted({join.name for join in joins}))
-    whole: dict[str, set[str]] = {}
-    for join, digest in zip(joins, joined_sha256s(joins, shards, peers), strict=True):
-        whole.setdefault(join.name, set()).add(digest)
+    digests = joined_sha256s(joins, shards, peers)
+    right = {join.name: join for join, text in zip(joins, digests, strict=True) if text == expected[join.name]}
     found = dict(verdict.mismatching)
     for name, of_ranks in held.items():
+        sharded = any(h.sharded for h in of_ranks)
         holders = tuple(rank for rank, h in enumerate(of_ranks) if h.boxes)
-        if expected[name] in whole.get(name, ()):
-            # The whole was made of the first replicas: others must be like them. Plain shards have none.
-            sharded = any(h.sharded for h in of_ranks)
-            if odd := odd_replicas(of_ranks) if sharded else ():
+        if name in right:
+            # Replicas that had no part in the whole must be like those that had. Plain shards have none.
+            if odd := odd_replicas(of_ranks, right[name]) if sharded else ():
                 found[name] = odd
             else:
                 del found[name]
-        elif holders and any(h.sharded for h in of_ranks):
+        elif sharded and holders:
             found[name] = holders
     return found
 

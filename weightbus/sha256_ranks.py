@@ -116,7 +116,9 @@ def exchanged(peers: Peers, answer: Callable[[], Answer]) -> list[Answer]:
 
 
 def ways(name: str, held: Sequence[Held]) -> list[Join]:
-    """How ranks' shards may make the whole tensor: one way for DTensors, one for each dim of plain tensors.
+    """How ranks' shards may make the whole tensor.
+
+    Of DTensors, the first replicas, and the last too where some differ; of plain tensors, one way for each dim.
 
     Raises SpecError where DTensors have other dtypes or shapes on other ranks, CoverageError where their
     boxes don't make the whole.
@@ -129,30 +131,35 @@ def ways(name: str, held: Sequence[Held]) -> list[Join]:
                     f"{name}: expected {first.dtype}{list(first.shape)} as on rank 0, got "
                     f"{other.dtype}{list(other.shape)}; on rank {rank}"
                 )
-        return [_join(name, first.dtype, first.shape, [h.boxes for h in held])]
+        by_rank = [(rank, h.boxes) for rank, h in enumerate(held)]
+        orders = [by_rank, by_rank[::-1]] if odd_replicas(held) else [by_rank]
+        return [_join(name, first.dtype, first.shape, order) for order in orders]
     found = []
     for dim in sorted({dim for h in held for dim in h.dims}):
         rest = {(h.dtype, len(h.shape), h.shape[:dim], h.shape[dim + 1 :]) for h in held}
         if len(rest) == 1:
             begin, boxes = 0, []
-            for h in held:
+            for rank, h in enumerate(held):
                 offsets = tuple(begin if axis == dim else 0 for axis in range(len(h.shape)))
-                boxes.append((Box(offsets, h.shape),))
+                boxes.append((rank, (Box(offsets, h.shape),)))
                 begin += h.shape[dim]
             shape = (*first.shape[:dim], begin, *first.shape[dim + 1 :])
             found.append(_join(name, first.dtype, shape, boxes))
     return found
 
 
-def odd_replicas(held: Sequence[Held]) -> tuple[int, ...]:
-    """Ranks whose bytes differ from those of the first rank that holds the same boxes, or, of a tensor that is
-    nowhere a DTensor's shard, from those of rank 0."""
+def odd_replicas(held: Sequence[Held], join: Join | None = None) -> tuple[int, ...]:
+    """Ranks whose bytes differ from those of the rank whose boxes, the same ones, are part of ``join``.
+
+    By default from those of the first rank with these boxes; or, of a tensor that is nowhere a DTensor's
+    shard, of rank 0. join: of DTensors.
+    """
     sharded = any(h.sharded for h in held)
-    first: dict[tuple[Box, ...], str] = {}
+    told = {} if join is None else {boxes: held[rank].sha256 for rank, boxes in join.holders}
     return tuple(
         rank
         for rank, h in enumerate(held)
-        if h.boxes and first.setdefault(h.boxes if sharded else (), h.sha256) != h.sha256
+        if h.boxes and told.setdefault(h.boxes if sharded else (), h.sha256) != h.sha256
     )
 
 
@@ -161,10 +168,10 @@ def shards_of(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, 
     return {name: [part.tensor for part in local_parts(name, tensors[name])] for name in names}
 
 
-def _join(name: str, dtype: str, shape: tuple[int, ...], boxes: Sequence[tuple[Box, ...]]) -> Join:
-    """The first rank with some boxes gives them; replicas are compared by their local digests."""
+def _join(name: str, dtype: str, shape: tuple[int, ...], boxes: Sequence[tuple[int, tuple[Box, ...]]]) -> Join:
+    """Of several ranks with the same boxes, the first gives them."""
     first: dict[tuple[Box, ...], int] = {}
-    for rank, held in enumerate(boxes):
+    for rank, held in boxes:
         if held:
             first.setdefault(held, rank)
     check_exact_cover(name, shape, [box for held in first for box in held], f"{len(boxes)} ranks of the group")

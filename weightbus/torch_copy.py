@@ -2,56 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-# Larger copies fill a GPU by themselves.
-_BATCHED_BYTES = 8 << 20
-
-_WORD = torch.int64
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from weightbus.once import say_once
+from weightbus.pieces import Pair, piece_of
 
 
 class Copies:
-    """Pairs of views of equal shape, copied (and cast) together; no two destinations overlap.
-
-    On CUDA, small contiguous pairs of equal dtypes go as words in one batch, casts in a batch for each pair
-    of dtypes; the batched kernel takes no others.
-    """
+    """Pairs of views of equal shape, copied (and cast) together; no two destinations overlap."""
 
     def __init__(self) -> None:
-        self._batches: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        self._single: list[tuple[Tensor, Tensor]] = []
+        self._pairs: list[Pair] = []
+        self._launches: list[Callable[[], None]] | None = None
 
     def add(self, dst: Tensor, src: Tensor) -> None:
-        if dst.dtype == src.dtype and (one := _words(dst)) is not None and (two := _words(src)) is not None:
-            dst, src = one, two
-        floats = dst.dtype in _FLOATS and src.dtype in _FLOATS
-        small = dst.is_cuda and src.device == dst.device and dst.nbytes <= _BATCHED_BYTES
-        if small and (floats or dst.dtype == _WORD) and dst.is_contiguous() and src.is_contiguous():
-            dsts, srcs = self._batches.setdefault((dst.dtype, src.dtype), ([], []))
-            dsts.append(dst)
-            srcs.append(src)
-        else:
-            self._single.append((dst, src))
+        self._pairs.append((dst, src))
+        self._launches = None
 
     def __bool__(self) -> bool:
-        return bool(self._batches or self._single)
+        return bool(self._pairs)
 
     def run(self) -> None:
         """``dst.copy_(src)`` for all pairs, in the order of the current stream; records no grad."""
+        if self._launches is None:
+            self._launches = _prepared(self._pairs)
         with torch.no_grad():
-            for dst, src in self._batches.values():
-                torch._foreach_copy_(dst, src, non_blocking=True)
-            for one, other in self._single:
-                one.copy_(other, non_blocking=True)
+            for launch in self._launches:
+                launch()
 
 
-def _words(tensor: Tensor) -> Tensor | None:
-    """The same bytes as 8-byte words, or None where they can't be seen so."""
-    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        return None
-    if tensor.data_ptr() % _WORD.itemsize or tensor.nbytes % _WORD.itemsize:
-        return None
-    flat = tensor.view(-1)
-    return flat if flat.dtype == _WORD else flat.view(torch.uint8).view(_WORD)
+def _prepared(pairs: Sequence[Pair]) -> list[Callable[[], None]]:
+    """What to launch: on CUDA our kernel for all that it can do, else torch's batched one."""
+    alike = [pair for pair in pairs if pair[0].is_cuda and pair[0].device == pair[1].device]
+    launches: list[Callable[[], None]] = []
+    done: set[int] = set()
+    if alike:
+        try:
+            from weightbus.cuda_copy import CudaCopies
+
+            fit = [pair for pair in alike if piece_of(*pair) is not None]
+            if fit:
+                launches.append(CudaCopies(fit).run)
+                done = {id(pair) for pair in fit}
+        except ImportError as error:
+            say_once(f"weightbus copies with torch operations, which slow a transfer down: {error}")
+            for batch in _batches(alike):
+                launches.append(_foreach(batch))
+                done |= {id(pair) for pair in batch}
+    rest = [pair for pair in pairs if id(pair) not in done]
+    if rest:
+        launches.append(lambda: _one_by_one(rest))
+    return launches
+
+
+def _batches(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """What torch's batched kernel takes: contiguous floats, of one dtype at each end."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    found: dict[tuple[torch.dtype, torch.dtype], list[Pair]] = {}
+    for pair in pairs:
+        dst, src = pair
+        if dst.dtype in floats and src.dtype in floats and dst.is_contiguous() and src.is_contiguous():
+            found.setdefault((dst.dtype, src.dtype), []).append(pair)
+    return list(found.values())
+
+
+def _foreach(pairs: Sequence[Pair]) -> Callable[[], None]:
+    dst, src = ([pair[i] for pair in pairs] for i in (0, 1))
+    return lambda: torch._foreach_copy_(dst, src, non_blocking=True)
+
+
+def _one_by_one(pairs: Sequence[Pair]) -> None:
+    for dst, src in pairs:
+        dst.copy_(src, non_blocking=True)

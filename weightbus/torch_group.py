@@ -47,8 +47,7 @@ def gloo_backend(store: Any, rank: int, size: int, timeout_s: float, hub_address
 def nccl_backend(store: Any, rank: int, size: int, timeout_s: float, device: torch.device) -> Any:
     from torch.distributed import ProcessGroupNCCL
 
-    # Its kernels go before a digest's: the link is what has to be kept busy.
-    options = ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options = ProcessGroupNCCL.Options()
     # The watchdog ends the whole process when this passes, so it lies far above our own deadlines.
     options._timeout = timedelta(seconds=10 * timeout_s + 600)
     backend = ProcessGroupNCCL(store, rank, size, options)
@@ -57,21 +56,25 @@ def nccl_backend(store: Any, rank: int, size: int, timeout_s: float, device: tor
 
 
 def broadcast(backend: Any, buffers: Sequence[tuple[torch.Tensor, int]], device: torch.device) -> list[Any]:
-    """Start a broadcast of each buffer from its rank; on CUDA in one NCCL group, which is one work."""
+    """Start a broadcast of each buffer from its rank; their works.
+
+    On CUDA they are one NCCL group in the current stream itself, which is all that need be waited for.
+    """
+    cuda = device.type == "cuda"
 
     def start(buffer: torch.Tensor, src: int) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank = src
         options.rootTensor = 0
-        options.asyncOp = True
+        options.asyncOp = not cuda
         return backend.broadcast([buffer], options)
 
-    if device.type != "cuda" or len(buffers) == 1:
+    if not cuda:
         return [start(buffer, src) for buffer, src in buffers]
     backend._start_coalescing()
     try:
         for buffer, src in buffers:
             start(buffer, src)
     finally:
-        work = backend._end_coalescing()
-    return [work]
+        backend._end_coalescing()
+    return []

@@ -33,6 +33,8 @@ DIGESTS = 16
 # An update in the background looks this often whether bytes have moved, and leaves the interpreter alone.
 BACKGROUND_PAUSE_S = 0.0005
 
+CHANGED_IN_PLACE = "expected shape, strides and dtype as planned, got others at the same address"
+
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
 
@@ -47,7 +49,7 @@ class Ended(WeightbusError):
 
 @dataclass(slots=True, kw_only=True)
 class Planned:
-    """A plan, compiled for this rank, with what it digests. group: this server rank's."""
+    """A plan, compiled for this rank, with what it digests. group: this server rank's. nbytes: the plan's."""
 
     plan: Plan
     compiled: Compiled
@@ -55,6 +57,7 @@ class Planned:
     sent: Ledger
     live: Ledger
     group: int
+    nbytes: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,7 +83,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class SourceCopy:
     """What a trainer rank sends instead of its live source. filled: reached once it is complete."""
 
     frozen: Frozen
@@ -90,8 +93,8 @@ class Snapshot:
 class Turn:
     """State of this rank from the offer to the outcome."""
 
-    def __init__(self, session: Session, progress: Progress, snapshot: Snapshot | None) -> None:
-        self.session, self.progress, self.snapshot = session, progress, snapshot
+    def __init__(self, session: Session, progress: Progress, copied: SourceCopy | None) -> None:
+        self.session, self.progress, self.copied = session, progress, copied
         self.offer: m.Offer | None = None
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
@@ -115,10 +118,10 @@ class Turn:
 
     @property
     def _planned(self) -> Planned | None:
-        return self.session.plan(self._offer.plan, frozen=self.snapshot is not None)
+        return self.session.plan(self._offer.plan, frozen=self.copied is not None)
 
     def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
-        return self.snapshot.frozen.parts if self.snapshot else origin.layout.parts
+        return self.copied.frozen.parts if self.copied else origin.layout.parts
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
@@ -150,26 +153,36 @@ class Turn:
         self.limit_s = offer.ready_s + offer.transfer_s + SLACK_S
         if offer.kind == "check":
             return self._check(offer)
-        if first and self._me.server and session.destination:
-            try:
-                if session.destination.refresh():
-                    session.forget_plans()
-                session.destination.before(offer.version)
-            except Exception as error:
-                return self._refuse(error)
-        if offer.planned:
-            self._ready(self._planned)
-        elif self._me.trainer is not None and session.origin:
-            blob, _ = session.origin.facts(offer.modules)
-            session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
+        try:
+            if first:
+                self._look_at_tensors()
+            if offer.planned:
+                self._ready(self._planned)
+            elif self._me.trainer is not None and session.origin:
+                blob, _ = session.origin.facts(offer.modules)
+                session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
+        except Exception as error:
+            self._refuse(error)
         return None
+
+    def _look_at_tensors(self) -> None:
+        """Notice those that were replaced or moved; then the engine stops using the weights."""
+        session = self.session
+        # A trainer rank does so here, while server ranks do, and not before the hub is told of the update.
+        sends = self._me.trainer is not None and self.copied is None
+        if sends and session.origin and session.origin.refresh():
+            session.forget_plans()
+        if self._me.server and session.destination:
+            if session.destination.refresh():
+                session.forget_plans()
+            session.destination.before(self._offer.version)
 
     def gathered(self, gathered: m.Gathered) -> None:
         session = self.session
         try:
             if gathered.of == "wants":
                 planned = self._plan(gathered)
-                session.keep_plan(self._offer.plan, planned, frozen=self.snapshot is not None)
+                session.keep_plan(self._offer.plan, planned, frozen=self.copied is not None)
                 self._ready(planned)
                 return
             self._sources = gathered
@@ -201,8 +214,10 @@ class Turn:
             for member in facts
             if (server := members[member].server) is not None
         ]
-        bucket_bytes = int(self._offer.settings)
-        plan = plan_broadcast(self._decode(self._sources), wants, bucket_bytes=bucket_bytes)
+        bucket_bytes, _, where = self._offer.settings.partition(" ")
+        plan = plan_broadcast(
+            self._decode(self._sources), wants, bucket_bytes=int(bucket_bytes), in_place=where != "host"
+        )
         target = self._target(self._sources)
         sends = self._me.trainer is not None and session.origin is not None
         compiled = compile_waves(
@@ -222,6 +237,7 @@ class Turn:
             sent=Ledger(_sent(plan, compiled, rank, groups)),
             live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
             group=group,
+            nbytes=plan.nbytes,
         )
 
     # -- transfer and verification -----------------------------------------------------------------
@@ -244,7 +260,7 @@ class Turn:
     def _transfer(self, planned: Planned, seed: bytes) -> None:
         session, progress, offer = self.session, self.progress, self._offer
         verify = offer.verify
-        progress.tensors, progress.nbytes = len(planned.plan.specs), planned.plan.nbytes
+        progress.tensors, progress.nbytes = len(planned.plan.specs), planned.nbytes
         look = self._look(time.monotonic() + offer.transfer_s)
 
         def moved(nbytes: int) -> None:
@@ -261,8 +277,9 @@ class Turn:
                 seed if verify else None,
                 check=look,
                 progress=moved,
-                after=self.snapshot.filled if self.snapshot else None,
-                pause_s=BACKGROUND_PAUSE_S if self.snapshot else 0.0,
+                meanwhile=self._check_tensors,
+                after=self.copied.filled if self.copied else None,
+                pause_s=BACKGROUND_PAUSE_S if self.copied else 0.0,
             )
         finally:
             progress.wrote |= route.wrote
@@ -289,6 +306,19 @@ class Turn:
                 live=record(planned.live, planned.target) if self._me.server else None,
             )
         ]
+
+    def _check_tensors(self) -> None:
+        """Raise if a tensor has changed its shape, strides or dtype in place: its bytes went by the old ones.
+
+        Done while bytes move, when it costs no time. Whatever was replaced or moved was noticed before.
+        """
+        ends = (
+            (self.session.origin, self._me.trainer is not None and self.copied is None),
+            (self.session.destination, self._me.server is not None),
+        )
+        for end, takes_part in ends:
+            if end is not None and takes_part and (name := end.changed()) is not None:
+                raise UpdateError(f"{name}: {CHANGED_IN_PLACE}")
 
     def _look(self, deadline: float) -> Callable[[], None]:
         """A function to call while waiting: raises once the hub has ended the update, or too late."""
