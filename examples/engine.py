@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc-per-node 2 examples/engine.py
 
-Two tensor-parallel ranks hold a text encoder, a transformer and a VAE, and make an image-like tensor of noise in
-a few steps. Ten lines make them updatable (marked below): from a trainer over the process group, from disk, from
-tensors in a request, each checked by SHA-256 over HTTP. Needs ``pip install 'weightbus[http]'``, safetensors and
-httpx.
+Two tensor-parallel ranks hold a text encoder, a transformer and a VAE, and make an image-like tensor of noise
+in a few steps. Ten lines make them updatable (marked below): from a trainer over the process group, from disk,
+from tensors in a request, each checked by SHA-256 over HTTP.
+Needs ``pip install 'weightbus[http]'``, safetensors and httpx.
 """
 
 from __future__ import annotations

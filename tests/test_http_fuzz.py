@@ -148,6 +148,20 @@ def test_without_roots_nothing_is_loaded(engine):
         assert "no hub listens" in client.post("/get_weights_checksum", json={}).json()["message"]
 
 
+def test_the_shell_loads_and_says_how_it_ended(tmp_path, capsys):
+    good = write_pipeline(tmp_path / "three", 3)
+    with living(pipeline()) as address:
+        assert cli.main(["update-from-disk", str(good), "--hub", address, "--version", "9"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"verified load version 9 of {good} on 1 ranks in ")
+        assert cli.main(["update-from-disk", str(good), "--hub", address, "--module", "unet"]) == 1
+        said = capsys.readouterr().err
+        assert "refused, nothing was written" in said
+        assert "unet: expected a module among transformer, vae, text_encoder" in said
+    assert cli.main(["update-from-disk", str(good), "--hub", "tcp://127.0.0.1:1"]) == 2
+    assert "no hub listens at tcp://127.0.0.1:1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", [None, "Bearer ", "Bearer wrong", "Basic right", "right", "Bearer rightt"])
 def test_a_wrong_token_opens_nothing(given):
     headers = {} if given is None else {"authorization": given}

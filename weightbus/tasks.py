@@ -158,7 +158,7 @@ class Tasks:
         if (peer.trainer if isinstance(going.task, m.SaveTask) else peer.server) is not None:
             going.answers.pop(peer.id, None)
             going.members.remove(member)
-            self._note(going, str(member), reason, now)
+            self._note(going, str(peer), reason, now)
 
     # -- what follows ------------------------------------------------------------------------------
 
