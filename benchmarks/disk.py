@@ -152,6 +152,8 @@ def server(rank: int, args: argparse.Namespace, folders: dict[bool, Path], resul
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=size)
     rows = []
     for axis, what in ((0, "rows"), (1, "columns")):
+        if args.shards not in (None, what):
+            continue
         model = Shards(args.model, axis, rank, size)
         held = sum(p.nbytes for p in model.parameters())
         memory = torch.ones(held, dtype=torch.uint8)
@@ -211,6 +213,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--shards", choices=["rows", "columns"], help="only these; by default both")
     parser.add_argument(
         "--folder", type=Path, help="where to put the files; by default the temporary directory"
     )

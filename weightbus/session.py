@@ -147,7 +147,10 @@ class Session:
                 message = self.link.receive(0.05)
                 if isinstance(message, m.TaskOffer):
                     turn = TaskTurn(self, message, report=report, expected=task, save=save)
-                    return turn.follow(), turn
+                    outcome = turn.follow()
+                    if asking:
+                        asking.receive(id, 1.0)  # the same outcome, as the client hears it
+                    return outcome, turn
                 if isinstance(message, m.Offer):
                     self.follow(message, Progress())
                 elif isinstance(message, m.Farewell):
