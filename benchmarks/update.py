@@ -119,7 +119,12 @@ class Bus:
         address = f"tcp://127.0.0.1:{next(rank._ports)}"
         if rank.sends:
             self.end: Any = weightbus.Publisher(
-                list(tensors.items()), address=address, rank=0, size=1, bucket_bytes=bucket_bytes
+                list(tensors.items()),
+                address=address,
+                rank=0,
+                size=1,
+                bucket_bytes=bucket_bytes,
+                route="broadcast",
             )
         else:
             self.end = weightbus.Subscriber(list(tensors.items()), address=address, rank=0, replica_size=1)

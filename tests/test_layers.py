@@ -18,7 +18,7 @@ PACKAGE = "weightbus"
 
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
-    1: ("errors", "box", "spec", "facts", "plan"),
+    1: ("errors", "box", "spec", "facts", "plan", "exports", "peer_plan", "runs"),
     2: (
         "part",
         "layout",
@@ -52,6 +52,12 @@ LAYERS = {
         "group",
         "torch_group",
         "broadcast",
+        "driver",
+        "kernel_copies",
+        "ipc",
+        "sharing",
+        "loopback",
+        "peer",
         "progress",
         "disk",
         "digest_list",
@@ -63,7 +69,20 @@ LAYERS = {
         "sha256_ranks",
         "sha256_check",
     ),
-    4: ("report", "ends", "turn", "load", "save", "probe", "task_turn", "session", "publisher", "subscriber"),
+    4: (
+        "report",
+        "ends",
+        "planned",
+        "turn",
+        "load",
+        "save",
+        "probe",
+        "task_turn",
+        "session",
+        "publisher",
+        "subscriber",
+        "colocated",
+    ),
     5: ("cli", "digest_files", "load_command", "http", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

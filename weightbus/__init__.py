@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from weightbus.changes import Snapshot as Snapshot
     from weightbus.changes import compare as compare
     from weightbus.changes import snapshot as snapshot
+    from weightbus.colocated import Colocated as Colocated
+    from weightbus.colocated import colocate as colocate
     from weightbus.digest import Digest as Digest
     from weightbus.digest import Digester as Digester
     from weightbus.digest import combine as combine
@@ -41,6 +43,7 @@ __version__ = "0.1.0"
 # Public names by module, imported on first use, as the hub must start without torch.
 _PUBLIC = {
     "changes": ["Changes", "Snapshot", "compare", "snapshot"],
+    "colocated": ["Colocated", "colocate"],
     "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
     "errors": [
         "CoverageError",

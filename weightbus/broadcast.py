@@ -123,6 +123,8 @@ class Broadcast:
             for work in works:
                 self.group.wait(work, check)
             wave.unpack.run()
+            if wave.unpack.to_host:
+                lanes.install.stream.synchronize()
             for name in wave.assembled:
                 self._install(name, seed)
         self._ended.append(lanes.install.mark())

@@ -12,6 +12,7 @@ import torch
 from weightbus import torch_group
 from weightbus.errors import UpdateError
 from weightbus.link import Link
+from weightbus.loopback import Loopback
 from weightbus.store import HubStore
 
 # How long a wait for one transfer goes without looking at what the hub says.
@@ -22,12 +23,13 @@ class Group:
     """NCCL for CUDA, gloo for CPU; rendezvous through the hub. Collective: every member makes one."""
 
     def __init__(
-        self, link: Link, *, epoch: int, rank: int, size: int, device: torch.device, timeout_s: float
+        self, link: Link | Loopback, *, epoch: int, rank: int, size: int, device: torch.device, timeout_s: float
     ) -> None:
         self.epoch, self.rank, self.size, self.device = epoch, rank, size, device
         self._backend: Any = None
         if size == 1:
             return
+        assert isinstance(link, Link), "a process by itself is a group of one"
         self._store = HubStore(link.context, link.address, epoch, timeout_s)
         try:
             if device.type == "cuda":

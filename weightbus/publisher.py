@@ -18,6 +18,7 @@ from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.frozen import Where
 from weightbus.hub import DEAD_AFTER_S
 from weightbus.layout import Source, rank_and_size
+from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Saved, Verdict
 from weightbus.save import Save
@@ -35,6 +36,7 @@ CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
 
 DEFAULT_FILE_BYTES = 4 << 30
+Route = Literal["auto", "peer", "broadcast"]
 
 
 class Publisher:
@@ -46,10 +48,13 @@ class Publisher:
     min_replicas: an update waits until so many replicas of the server job are complete.
     bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; by default 2 buckets of
         64 MiB on the CPU, of 256 MiB on CUDA. So much is sent together, or more where it needs no bucket.
+    route: ``auto`` takes ``peer`` (server ranks copy out of this rank's GPU memory, docs/peer.md) where all
+        ranks share a host and nothing has to be cast, else ``broadcast``; both can be asked for.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
     dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
-    progress: called with (done, total) bytes; by default a bar on rank 0's terminal.
+    progress: called with (done, total) bytes as this rank moves them, which by the route ``peer`` it does
+        not; by default a bar on rank 0's terminal.
     copy_to: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
         ``host`` for pinned memory.
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
@@ -65,6 +70,7 @@ class Publisher:
         min_replicas: int = 1,
         bucket_bytes: int | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
+        route: Route = "auto",
         connect_timeout_s: float = 60.0,
         join_timeout_s: float = 300.0,
         ready_timeout_s: float = 120.0,
@@ -75,6 +81,8 @@ class Publisher:
     ) -> None:
         if min_replicas < 1:
             raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
+        if route not in ROUTES:
+            raise SpecError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
         self._origin = Origin(source)
         device = self._origin.layout.device
         if bucket_bytes is None:
@@ -86,7 +94,7 @@ class Publisher:
                 f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
             )
         self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
-        self._min_replicas, self._bucket_bytes = min_replicas, bucket_bytes
+        self._min_replicas, self._bucket_bytes, self._route = min_replicas, bucket_bytes, route
         self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
         self._progress, self._copy_to = progress, copy_to
         self._background: ThreadPoolExecutor | None = None
@@ -141,8 +149,7 @@ class Publisher:
         self._settle()
         if not wait and self._origin.refresh():
             self._session.forget_plans()
-        host = not wait and self._copy_to == "host"
-        enter = self._enter("update", version, modules, verify, " host" if host else "")
+        enter = self._enter("update", version, modules, verify, "live" if wait else self._copy_to)
         if wait:
             bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
             try:
@@ -196,6 +203,8 @@ class Publisher:
             servers=outcome.servers,
             replicas=tuple(outcome.replicas),
             arrived=outcome.arrived,
+            route=progress.choice.route if progress.choice else "",
+            route_reason=progress.choice.reason if progress.choice else "",
         )
         if self.rank == 0:
             log.info("%s", report)
@@ -283,7 +292,7 @@ class Publisher:
         )
 
     def _enter(
-        self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool, settings: str = ""
+        self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool, sent: str = "live"
     ) -> m.Enter:
         facts = refusal = ""
         try:
@@ -292,6 +301,7 @@ class Publisher:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
             refusal = str(error)
         join_s, ready_s, transfer_s = self._timeouts
+        settings = Settings(bucket_bytes=self._bucket_bytes, route=self._route, source=sent)
         return m.Enter(
             peer=self._session.link.peer,
             kind=kind,
@@ -299,7 +309,7 @@ class Publisher:
             modules=None if modules is None else list(modules),
             verify=verify,
             facts=facts,
-            settings=f"{self._bucket_bytes}{settings}",
+            settings=str(settings),
             min_replicas=self._min_replicas,
             join_s=join_s,
             ready_s=ready_s,

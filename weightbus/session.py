@@ -23,8 +23,10 @@ from weightbus.group import Group
 from weightbus.hub import SPIN_S
 from weightbus.lanes import Lanes
 from weightbus.link import Link
+from weightbus.loopback import PREFIX, Loopback
+from weightbus.planned import Planned
 from weightbus.task_turn import MakeSave, TaskTurn, raise_for
-from weightbus.turn import SLACK_S, Planned, Progress, SourceCopy, Turn
+from weightbus.turn import SLACK_S, Progress, SourceCopy, Turn
 
 
 class Session:
@@ -34,16 +36,19 @@ class Session:
     _open_lock = threading.Lock()
 
     def __init__(self, address: str, device: torch.device, num_buckets: int) -> None:
-        self.link = Link(address)
-        self.device = device
+        self.link: Link | Loopback = Loopback(address) if address.startswith(PREFIX) else Link(address)
         self.origin: Origin | None = None
         self.destination: Destination | None = None
-        self.staging = Staging(device, num_buckets)
-        self.lanes = Lanes(device)
+        self._place(device, num_buckets)
         self._group: Group | None = None
-        self._plans: dict[tuple[str, bool], Planned] = {}
+        self._plans: dict[str, Planned] = {}
         self._epoch = -1
         self._users = 0
+
+    def _place(self, device: torch.device, num_buckets: int) -> None:
+        self.device = device
+        self.staging = Staging(device, num_buckets)
+        self.lanes = Lanes(device)
 
     @classmethod
     def open(cls, address: str, device: torch.device, num_buckets: int) -> Session:
@@ -52,8 +57,10 @@ class Session:
             session = cls._open.get(address)
             if session is None:
                 session = cls._open[address] = cls(address, device, num_buckets)
-            elif session.device != device:
+            elif session.device != device and not isinstance(session.link, Loopback):
                 raise SpecError(f"device: expected {session.device} as the other end here, got {device}")
+            elif session.device.type == "cpu" != device.type:
+                session._place(device, num_buckets)  # between a CPU and a GPU, the GPU does the work
             session._users += 1
             return session
 
@@ -72,6 +79,7 @@ class Session:
             self.link.leave(role)
         finally:
             if last:
+                self.forget_plans()
                 self.drop_group(abort=False)
                 self.link.close()
 
@@ -94,6 +102,14 @@ class Session:
     ) -> m.Outcome:
         """From the offer to the outcome. Raises HubError if the hub is lost."""
         turn = Turn(self, progress, copied)
+        try:
+            return self._follow(turn, offer, wait_s)
+        finally:
+            turn.close()
+            if turn.farewell is not None:
+                self.link.push_back(turn.farewell)
+
+    def _follow(self, turn: Turn, offer: m.Offer | None, wait_s: float) -> m.Outcome:
         if offer is not None:
             turn.offered(offer)
         while True:
@@ -116,8 +132,7 @@ class Session:
                 case m.TaskOffer() if turn.offer is None:
                     self.take_part(message)
                 case m.Farewell():
-                    self.link.push_back(message)
-                    raise HubError("the trainer job has left in the middle of an update")
+                    turn.farewell = message  # the outcome follows: this rank may be torn
                 case _:
                     raise ProtocolError(f"expected a message of an update, got {type(message).__name__}")
 
@@ -154,8 +169,7 @@ class Session:
                 if isinstance(message, m.Offer):
                     self.follow(message, Progress())
                 elif isinstance(message, m.Farewell):
-                    self.link.push_back(message)
-                    raise HubError("the trainer job has left before the task began")
+                    stack.callback(self.link.push_back, message)  # a task needs no trainer
                 elif asking and isinstance(end := asking.receive(id, 0.0), m.TaskEnd):
                     raise_for(end, "task")
                 if time.monotonic() > deadline + SLACK_S:
@@ -169,18 +183,24 @@ class Session:
             raise ProtocolError(f"epoch: expected {self._epoch} or newer, got {epoch}")
         if epoch > self._epoch:
             self.drop_group(abort=True)
-            self._plans.clear()
+            self.forget_plans()
             self._epoch = epoch
 
-    def plan(self, token: str, *, frozen: bool) -> Planned | None:
-        """The plan as compiled for the live source, or for a copy of it."""
-        return self._plans.get((token, frozen))
+    def plan(self, token: str) -> Planned | None:
+        return self._plans.get(token)
 
-    def keep_plan(self, token: str, planned: Planned, *, frozen: bool) -> None:
-        self._plans[token, frozen] = planned
+    def keep_plan(self, token: str, planned: Planned) -> None:
+        self.forget_plan(token)
+        self._plans[token] = planned
+
+    def forget_plan(self, token: str) -> None:
+        if (planned := self._plans.pop(token, None)) is not None:
+            planned.sharing.close()
 
     def forget_plans(self) -> None:
-        self._plans.clear()
+        """Drop all plans, and the memory of other processes that is mapped for them."""
+        for token in list(self._plans):
+            self.forget_plan(token)
 
     def join_group(self, rank: int, size: int, timeout_s: float) -> Group:
         if self._group is None:

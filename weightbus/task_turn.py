@@ -46,6 +46,7 @@ class TaskTurn:
         self.session, self.offer, self._report = session, offer, report
         self._expected, self._save = expected, save
         self._began = False
+        self._farewell: m.Farewell | None = None
         self.work: Work | None = None
 
     def follow(self) -> m.Outcome:
@@ -58,6 +59,8 @@ class TaskTurn:
             if self.work is not None:
                 self.work.close()
         self._ended(outcome)
+        if self._farewell is not None:
+            self.session.link.push_back(self._farewell)
         return outcome
 
     def _follow(self) -> m.Outcome:
@@ -78,8 +81,7 @@ class TaskTurn:
                 case m.Outcome(update=offer.update):
                     return message
                 case m.Farewell():
-                    self.session.link.push_back(message)
-                    raise HubError("the trainer job has left in the middle of a task")
+                    self._farewell = message  # a task needs no trainer
                 case _:
                     pass  # of a round that has ended
         raise AssertionError

@@ -12,15 +12,20 @@ from weightbus.pieces import Pair, piece_of
 
 
 class Copies:
-    """Pairs of views of equal shape, copied (and cast) together; no two destinations overlap."""
+    """Pairs of views of equal shape, copied (and cast) together; no two destinations overlap.
+
+    to_host: whether some leave a GPU for the host, which knows no streams and has to wait for them.
+    """
 
     def __init__(self) -> None:
+        self.to_host = False
         self._pairs: list[Pair] = []
         self._launches: list[Callable[[], None]] | None = None
 
     def add(self, dst: Tensor, src: Tensor) -> None:
         self._pairs.append((dst, src))
         self._launches = None
+        self.to_host |= src.is_cuda and dst.device.type == "cpu"
 
     def __bool__(self) -> bool:
         return bool(self._pairs)

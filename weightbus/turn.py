@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 from weightbus import messages as m
 from weightbus.broadcast import Broadcast
-from weightbus.bucket import Compiled, compile_waves
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
+from weightbus.exports import Choice, Exports, decode_exports, decode_reach
 from weightbus.facts import Facts, decode_facts, encode_facts
 from weightbus.frozen import Frozen
 from weightbus.install import Target
 from weightbus.lanes import Mark
 from weightbus.layout import Part
-from weightbus.ledger import Entry, Ledger, Record, live_entries, sent_entries
-from weightbus.plan import Plan, Want, merge_sources, plan_broadcast
-from weightbus.spec import Spec
+from weightbus.ledger import Ledger, Record
+from weightbus.peer import CompiledPeer, Peer
+from weightbus.plan import Want, merge_sources
+from weightbus.planned import Planned, Settings, Survey, make_planned
+from weightbus.sharing import Sharing
 
 if TYPE_CHECKING:
     from weightbus.ends import Origin
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
-
-# In how many pieces what lies in place is digested, while other waves are under way.
-DIGESTS = 16
 
 # An update in the background looks this often whether bytes have moved, and leaves the interpreter alone.
 BACKGROUND_PAUSE_S = 0.0005
@@ -48,19 +47,6 @@ class Ended(WeightbusError):
 
 
 @dataclass(slots=True, kw_only=True)
-class Planned:
-    """A plan, compiled for this rank, with what it digests. group: this server rank's. nbytes: the plan's."""
-
-    plan: Plan
-    compiled: Compiled
-    target: Target | None
-    sent: Ledger
-    live: Ledger
-    group: int
-    nbytes: int
-
-
-@dataclass(slots=True, kw_only=True)
 class Progress:
     """What this rank has done so far; ``report(done, total)`` is called as bytes move."""
 
@@ -70,6 +56,7 @@ class Progress:
     nbytes: int = 0
     moved: int = 0
     wrote: bool = False
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +86,15 @@ class Turn:
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
+        self._sharing: Sharing | None = None
+        self.farewell: m.Farewell | None = None
         self._begun = time.monotonic()
+
+    def close(self) -> None:
+        """Give back what was mapped for a plan that was not made."""
+        sharing, self._sharing = self._sharing, None
+        if sharing is not None:
+            sharing.close()
 
     @property
     def _offer(self) -> m.Offer:
@@ -118,7 +113,11 @@ class Turn:
 
     @property
     def _planned(self) -> Planned | None:
-        return self.session.plan(self._offer.plan, frozen=self.copied is not None)
+        return self.session.plan(self._offer.plan)
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings.parse(self._offer.settings)
 
     def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
         return self.copied.frozen.parts if self.copied else origin.layout.parts
@@ -132,8 +131,16 @@ class Turn:
         peer = self.session.link.peer
         self.session.link.send(m.Refuse(peer=peer, update=self._offer.update, reason=explain(error)))
 
-    def _ready(self, planned: Planned | None) -> None:
-        """Ready with this plan; without one, facts must be exchanged again."""
+    def _ready(self) -> None:
+        """Ready with the offer's plan; without one that still holds, facts must be exchanged again."""
+        planned = self._planned
+        filled = self.copied.filled if self.copied else None
+        try:
+            if planned is not None and not planned.sharing.ready(self._offer.ready_s, filled):
+                self.session.forget_plan(self._offer.plan)
+                planned = None
+        except Exception as error:
+            return self._refuse(error)
         self.session.link.send(
             m.Ready(
                 peer=self.session.link.peer,
@@ -142,6 +149,7 @@ class Turn:
                 stale=planned is None,
             )
         )
+        return None
 
     # -- offer and plan ----------------------------------------------------------------------------
 
@@ -157,13 +165,21 @@ class Turn:
             if first:
                 self._look_at_tensors()
             if offer.planned:
-                self._ready(self._planned)
-            elif self._me.trainer is not None and session.origin:
+                return self._ready()
+            self.close()
+            both = self._me.trainer is not None and self._me.server is not None
+            self._sharing = Sharing(session.device, self._settings.route, both=both)
+            if self._me.trainer is not None and session.origin:
                 blob, _ = session.origin.facts(offer.modules)
-                session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
+                names, parts = session.origin.layout.select(offer.modules).specs, self._parts(session.origin)
+                self._send_facts(blob, self._sharing.export({name: parts[name] for name in names}))
         except Exception as error:
             self._refuse(error)
         return None
+
+    def _send_facts(self, blob: bytes, memory: bytes) -> None:
+        peer = self.session.link.peer
+        self.session.link.send(m.Facts(peer=peer, update=self._offer.update, blob=blob, memory=memory))
 
     def _look_at_tensors(self) -> None:
         """Notice those that were replaced or moved; then the engine stops using the weights."""
@@ -181,16 +197,23 @@ class Turn:
         session = self.session
         try:
             if gathered.of == "wants":
-                planned = self._plan(gathered)
-                session.keep_plan(self._offer.plan, planned, frozen=self.copied is not None)
-                self._ready(planned)
-                return
+                session.keep_plan(self._offer.plan, self._plan(gathered))
+                return self._ready()
             self._sources = gathered
             if (target := self._target(gathered)) is not None:
-                blob = encode_facts(target.facts())
-                session.link.send(m.Facts(peer=session.link.peer, update=self._offer.update, blob=blob))
+                assert self._sharing is not None, "made with the offer"
+                memory = self._sharing.reach(self._exports(gathered), self._rank)
+                self._send_facts(encode_facts(target.facts()), memory)
         except Exception as error:
-            self._refuse(error)
+            return self._refuse(error)
+        return None
+
+    def _exports(self, sources: m.Gathered) -> dict[int, Exports]:
+        """Each trainer rank's, by group rank."""
+        facts, members = self._decode(sources), self._offer.members
+        return {
+            rank: decode_exports(blob, facts[rank], str(members[rank])) for rank, blob in sources.memory.items()
+        }
 
     def _decode(self, gathered: m.Gathered) -> dict[int, Facts]:
         """Each group rank's facts; equal ones are decoded once."""
@@ -206,39 +229,27 @@ class Turn:
     def _plan(self, gathered: m.Gathered) -> Planned:
         """The plan, alike on all ranks, and this rank's compiled part of it."""
         session, members, rank = self.session, self._offer.members, self._rank
-        if self._sources is None:
+        sharing, self._sharing = self._sharing, None
+        if self._sources is None or sharing is None:
             raise ProtocolError("wants: expected the sources first")
         facts = self._decode(gathered)
-        wants = [
-            Want(replica=server.replica, rank=server.rank, facts=facts[member])
-            for member in facts
-            if (server := members[member].server) is not None
-        ]
-        bucket_bytes, _, where = self._offer.settings.partition(" ")
-        plan = plan_broadcast(
-            self._decode(self._sources), wants, bucket_bytes=int(bucket_bytes), in_place=where != "host"
+        survey = Survey(
+            rank=rank,
+            sources=self._decode(self._sources),
+            exports=self._exports(self._sources),
+            wants={
+                member: Want(replica=server.replica, rank=server.rank, facts=facts[member])
+                for member in facts
+                if (server := members[member].server) is not None
+            },
+            reaches=[decode_reach(blob, str(members[r])) for r, blob in gathered.memory.items()],
+            groups={blob: facts[member] for member, blob in gathered.holder.items()},
+            group=gathered.holder.get(rank, 0),
         )
-        target = self._target(self._sources)
         sends = self._me.trainer is not None and session.origin is not None
-        compiled = compile_waves(
-            plan,
-            rank,
-            source=self._parts(session.origin) if sends and session.origin else {},
-            target=target,
-            staging=session.staging,
-        )
-        stages = {name: _stage(last, len(plan.waves)) for name, last in compiled.last.items()}
-        groups = {blob: facts[member] for member, blob in gathered.holder.items()}
-        group = gathered.holder.get(rank, 0)
-        return Planned(
-            plan=plan,
-            compiled=compiled,
-            target=target,
-            sent=Ledger(_sent(plan, compiled, rank, groups)),
-            live=Ledger(live_entries(target, compiled.whole, group, stages) if target else []),
-            group=group,
-            nbytes=plan.nbytes,
-        )
+        own = self._parts(session.origin) if sends and session.origin else {}
+        target = self._target(self._sources)
+        return make_planned(survey, self._settings, sharing, own, target, session.staging)
 
     # -- transfer and verification -----------------------------------------------------------------
 
@@ -258,9 +269,10 @@ class Turn:
         return None
 
     def _transfer(self, planned: Planned, seed: bytes) -> None:
-        session, progress, offer = self.session, self.progress, self._offer
+        progress, offer = self.progress, self._offer
         verify = offer.verify
         progress.tensors, progress.nbytes = len(planned.plan.specs), planned.nbytes
+        progress.choice = planned.choice
         look = self._look(time.monotonic() + offer.transfer_s)
 
         def moved(nbytes: int) -> None:
@@ -268,10 +280,7 @@ class Turn:
             if progress.report:
                 progress.report(progress.moved, progress.nbytes)
 
-        group = session.join_group(self._rank, len(offer.members), offer.transfer_s)
-        self._lap("group")
-        hooks = planned.target.hooks if planned.target else {}
-        route = Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+        route = self._route(planned)
         try:
             route.run(
                 seed if verify else None,
@@ -307,6 +316,14 @@ class Turn:
             )
         ]
 
+    def _route(self, planned: Planned) -> Broadcast | Peer:
+        session, hooks = self.session, planned.target.hooks if planned.target else {}
+        if isinstance(planned.compiled, CompiledPeer):
+            return Peer(planned.compiled, session.lanes, hooks, planned.sent, planned.live)
+        group = session.join_group(self._rank, len(self._offer.members), self._offer.transfer_s)
+        self._lap("group")
+        return Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+
     def _check_tensors(self) -> None:
         """Raise if a tensor has changed its shape, strides or dtype in place: its bytes went by the old ones.
 
@@ -333,7 +350,9 @@ class Turn:
             message = self.session.link.receive(0)
             if isinstance(message, m.Outcome):
                 raise Ended(message)
-            if message is not None:
+            if isinstance(message, m.Farewell):
+                self.farewell = message
+            elif message is not None:
                 self.session.link.push_back(message)
             if now > deadline:
                 raise UpdateError(f"transfer: expected to end within {self._offer.transfer_s:.0f} s")
@@ -417,6 +436,8 @@ class Turn:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
             session.drop_group(abort=True)
             session.lanes.drain(SLACK_S)
+            # The epoch is over, and what the plans have mapped may be memory of a rank that has died.
+            session.forget_plans()
         if outcome.ok:
             (evidence,) = self._evidence
             for end, record in ((session.origin, evidence.sent), (session.destination, evidence.live)):
@@ -425,31 +446,6 @@ class Turn:
         if self._me.server and session.destination:
             session.destination.after(outcome, offer.version, offer.modules, self.progress.wrote)
         return outcome
-
-
-def _stage(wave: int, waves: int) -> int:
-    """The wave after which what ``wave`` completes is digested: few digests, of which the last is short."""
-    every = -(-waves // DIGESTS)
-    return min((wave // every + 1) * every, waves) - 1
-
-
-def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]) -> list[Entry]:
-    """Entries for everything that this rank sends: where it lies, or as cast in its bucket."""
-    specs: dict[str, Spec] = {spec.name: spec for spec in plan.specs}
-    wants = [groups[group] for group in sorted(groups)]
-    entries = []
-    for index, wave in enumerate(compiled.waves):
-        for step in wave.steps:
-            if step.src != rank:
-                continue
-            for name, box, view, origin in step.boxes:
-                assert origin is not None
-                if origin.dtype == view.dtype and origin.device == view.device:
-                    stage, view = _stage(index, len(compiled.waves)), origin
-                else:
-                    stage = index
-                entries += sent_entries(name, specs[name], box, view, stage, wants)
-    return entries
 
 
 def explain(error: Exception) -> str:
