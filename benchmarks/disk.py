@@ -162,9 +162,8 @@ def server(rank: int, args: argparse.Namespace, folders: dict[bool, Path], resul
             model, address=args.address, rank=rank, replica_size=size, name_map=name_map
         ) as subscriber:
             subscriber.update_from_disk(folders[False])  # what is imported at first use is there from now on
-            before, peak = rchar(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             subscriber.update_from_disk(folders[False])
-            asked = total(rchar() - before)
             grown = slowest(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)) * 1024
             wrong = total(model.wrong(axis, rank, size))
             for cold in (False, True):
@@ -176,11 +175,14 @@ def server(rank: int, args: argparse.Namespace, folders: dict[bool, Path], resul
                                 drop(folders[listed])
                             dist.barrier()
                             begun = time.perf_counter()
+                            before = rchar()
                             if kind == "load":
                                 subscriber.update_from_disk(folders[listed])
                             else:
                                 plain_read(folders[listed], memory, rank, size)
                             seconds = slowest(time.perf_counter() - begun)
+                            if kind == "load":
+                                asked = total(rchar() - before)
                             if pair:
                                 (loads if kind == "load" else reads).append(seconds)
                     rows.append(
