@@ -50,6 +50,46 @@ def test_trainer_updates_servers(tmp_path: Path) -> None:
         assert f"rank {rank} serves version 3" in said["server"]
 
 
+def test_engine_is_updated_over_each_path(tmp_path: Path) -> None:
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    environment = {
+        **os.environ,
+        "WEIGHTBUS_ADDRESS": f"tcp://127.0.0.1:{ports[0]}",
+        "WEIGHTBUS_HTTP_PORT": str(ports[1]),
+        "TMPDIR": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    job = subprocess.Popen(
+        [*torchrun, "--nproc-per-node", "2", ROOT / "examples" / "engine.py"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said, _ = job.communicate(timeout=100)
+    finally:
+        if job.poll() is None:
+            job.terminate()
+            job.wait(30)
+    assert job.returncode == 0, said
+    for expected in (
+        "group: verified version 1",
+        "save: saved 17 tensors",
+        "verified on 2 ranks",
+        "tensors: load of tensors",
+        "of 3 sets of weights",
+    ):
+        assert expected in said
+
+
 def test_a_policy_learns_from_rollouts_that_are_updated_after_every_step() -> None:
     environment = {
         **os.environ,

@@ -62,12 +62,31 @@ LAYERS = {
         "peer",
         "progress",
         "disk",
+        "digest_list",
+        "payload",
+        "reading",
+        "tasks",
+        "asking",
         "joined",
         "sha256_ranks",
         "sha256_check",
     ),
-    4: ("report", "ends", "witness", "planned", "turn", "session", "publisher", "subscriber", "colocated"),
-    5: ("cli", "digest_files", "__main__"),
+    4: (
+        "report",
+        "ends",
+        "witness",
+        "planned",
+        "turn",
+        "load",
+        "save",
+        "probe",
+        "task_turn",
+        "session",
+        "publisher",
+        "subscriber",
+        "colocated",
+    ),
+    5: ("cli", "digest_files", "load_command", "http", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 SURFACES = ("benchmarks", "examples")
@@ -78,6 +97,8 @@ TORCH_FREE = (
     "weightbus.protocol",
     "weightbus.hub",
     "weightbus.disk",
+    "weightbus.payload",
+    "weightbus.asking",
     "weightbus.cli",
 )
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 import weightbus
-from weightbus import hub
+from weightbus import hub, load_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,6 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("hub", help="run the hub until it is stopped", add_help=False)
     commands.add_parser("digest", help="digests of the tensors in safetensors files", add_help=False)
+    commands.add_parser("update-from-disk", help="have a replica load a checkpoint", add_help=False)
+    commands.add_parser("http", help="serve the weight routes of engines", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "hub":
         return hub.main(rest)
@@ -23,6 +25,15 @@ def main(arguments: list[str] | None = None) -> int:
         from weightbus import digest_files  # here, as it imports torch
 
         return digest_files.main(rest)
+    if options.command == "update-from-disk":
+        return load_command.main(rest)
+    if options.command == "http":
+        try:
+            from weightbus import http
+        except ImportError as error:
+            print(f"weightbus http: {error}; cure: pip install 'weightbus[http]'", file=sys.stderr)
+            return 2
+        return http.main(rest)
     raise AssertionError(options.command)
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from weightbus.box import Box
-from weightbus.digest import STABLE_SEED, Digest, Digester, P, model_digest_of
-from weightbus.disk import Stored, stored_tensors
+from weightbus.digest import STABLE_SEED, Digest, Digester, P
+from weightbus.digest_list import Saved, differences, load_saved, saved_of
+from weightbus.disk import Stored, byte_shape, stored_tensors
 from weightbus.errors import SpecError
 from weightbus.part import Part
 from weightbus.progress import Bar
@@ -28,24 +29,6 @@ from weightbus.spec import Spec
 
 BATCH_BYTES = 16 << 20
 BUFFERS = 4  # one is digested while the others are read
-FORMAT = "weightbus digest 1"
-
-
-class SavedTensor(msgspec.Struct, forbid_unknown_fields=True):
-    dtype: str
-    shape: tuple[int, ...]
-    digest: str
-
-    def __str__(self) -> str:
-        return f"{self.digest}  {self.dtype}{list(self.shape)}"
-
-
-class Saved(msgspec.Struct, forbid_unknown_fields=True):
-    """What ``--save`` writes and ``--check`` reads, as JSON; under the stable seed."""
-
-    format: str
-    model: str
-    tensors: dict[str, SavedTensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,21 +72,12 @@ def digest_files(
     }
 
 
-def _byte_shape(spec: Spec) -> tuple[int, ...]:
-    """The shape with the last axis in bytes. As uint8 it has the same canonical rows, so the same sums, and its
-    pieces may begin at any byte of a buffer."""
-    if not spec.shape:
-        return (spec.nbytes,)
-    last = spec.shape[-1]
-    return (*spec.shape[:-1], last * (spec.nbytes // spec.elements) if spec.elements else last)
-
-
 def _batches(tensors: Iterable[Stored]) -> Iterator[list[_Piece]]:
     """Pieces in the order of the files, in neighboring runs of at most BATCH_BYTES of one file."""
     batch: list[_Piece] = []
     for tensor in sorted(tensors, key=lambda tensor: (tensor.path, tensor.begin)):
         begin = tensor.begin
-        for box in Box.whole(_byte_shape(tensor.spec)).split(BATCH_BYTES):
+        for box in Box.whole(byte_shape(tensor.spec)).split(BATCH_BYTES):
             piece = _Piece(tensor=tensor, box=box, begin=begin, end=begin + box.volume)
             begin = piece.end
             if batch and (tensor.path != batch[0].tensor.path or piece.end - batch[0].begin > BATCH_BYTES):
@@ -157,43 +131,10 @@ def _read(batch: list[_Piece], buffer: Tensor) -> None:
 def _part(piece: _Piece, memory: Tensor) -> Part:
     spec = piece.tensor.spec
     return Part(
-        spec=Spec(name=spec.name, dtype="uint8", shape=_byte_shape(spec)),
+        spec=Spec(name=spec.name, dtype="uint8", shape=byte_shape(spec)),
         box=piece.box,
         tensor=memory[: piece.box.volume].view(piece.box.sizes),
     )
-
-
-def saved_of(digests: Mapping[str, Digest]) -> Saved:
-    tensors = {
-        name: SavedTensor(dtype=digest.dtype, shape=digest.shape, digest=str(digest))
-        for name, digest in digests.items()
-    }
-    return Saved(format=FORMAT, model=model_digest_of(digests), tensors=tensors)
-
-
-def load_saved(path: Path) -> Saved:
-    """A list that ``--save`` wrote. Raises SpecError for anything else."""
-    try:
-        saved = msgspec.json.decode(path.read_bytes(), type=Saved)
-    except OSError as error:
-        raise SpecError(f"{path}: expected a readable file, got {error.strerror or error}") from error
-    except msgspec.DecodeError as error:
-        raise SpecError(
-            f"{path}: expected a list that `weightbus digest --save` wrote, got: {error}"
-        ) from error
-    if saved.format != FORMAT:
-        raise SpecError(f"{path}: expected format {FORMAT!r}, got {saved.format!r}")
-    return saved
-
-
-def differences(expected: Saved, got: Saved) -> dict[str, list[str]]:
-    """Names by what is wrong with them: missing, unexpected or mismatching."""
-    both = expected.tensors.keys() & got.tensors.keys()
-    return {
-        "missing": sorted(expected.tensors.keys() - both),
-        "unexpected": sorted(got.tensors.keys() - both),
-        "mismatching": sorted(name for name in both if expected.tensors[name] != got.tensors[name]),
-    }
 
 
 def main(arguments: list[str]) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from weightbus.errors import SpecError
-from weightbus.spec import Spec
+from weightbus.spec import ITEMSIZE, Spec
 
 MAX_HEADER_BYTES = 100_000_000  # as safetensors' own reader
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -39,6 +39,48 @@ class Stored:
     path: Path
     begin: int
     end: int
+
+
+def stored_modules(path: Path, modules: Sequence[str] | None) -> dict[str, Stored]:
+    """Tensors of a directory with a sub-folder for each module, by wire name ``module.tensor``; with
+    ``modules`` None, of one model, by their own names. Raises SpecError as ``stored_tensors`` does."""
+    if modules is None:
+        return stored_tensors(path)
+    found = {}
+    for module in modules:
+        if not (path / module).is_dir():
+            raise SpecError(f"{module}: expected a sub-folder of {path} for this module, got none")
+        found.update(with_prefix(module, stored_tensors(path / module)))
+    return found
+
+
+def check_inside(path: Path, roots: Sequence[str]) -> None:
+    """Raise SpecError unless ``path``, its symbolic links followed, lies in one of the directories ``roots``;
+    with none of them, it may lie anywhere."""
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SpecError(
+            f"{path}: expected a readable file, got {getattr(error, 'strerror', None) or error}"
+        ) from error
+    if roots and not any(real.is_relative_to(Path(root).resolve()) for root in roots):
+        raise SpecError(f"{path}: expected a path in {' or '.join(roots)}, got {real}")
+
+
+def with_prefix(module: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors of one module of several, by wire name."""
+    return {
+        f"{module}.{name}": replace(tensor, spec=replace(tensor.spec, name=f"{module}.{name}"))
+        for name, tensor in tensors.items()
+    }
+
+
+def byte_shape(spec: Spec) -> tuple[int, ...]:
+    """The shape with the last axis in bytes. As uint8 it has the same canonical rows, so the same sums, and its
+    pieces may begin at any byte of a buffer."""
+    if not spec.shape:
+        return (spec.nbytes,)
+    return (*spec.shape[:-1], spec.shape[-1] * ITEMSIZE[spec.dtype])
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -109,10 +151,26 @@ def _of_file(path: Path) -> list[Stored]:
                 raise SpecError(f"{path}: expected a safetensors header in {size} bytes, got length {length}")
             header = file.read(length)
     except OSError as error:
-        raise _unreadable(path, error) from error
-    data = 8 + length
+        raise unreadable(path, error) from error
+    return _of_header(path, header, size)[0]
+
+
+def header_of(where: Path, data: memoryview) -> tuple[list[Stored], dict[str, str]]:
+    """Tensors of a safetensors file that lies in memory, and its metadata. ``where`` names it in errors.
+    Raises SpecError for one that is not sound."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
+        raise SpecError(f"{where}: expected a safetensors header in {len(data)} bytes, got length {length}")
+    return _of_header(where, bytes(data[8 : 8 + length]), len(data))
+
+
+def _of_header(path: Path, header: bytes, size: int) -> tuple[list[Stored], dict[str, str]]:
+    data = 8 + len(header)
     entries: dict[str, Any] = _decode(path, header, dict[str, Any])
-    entries.pop("__metadata__", None)
+    try:
+        metadata = msgspec.convert(entries.pop("__metadata__", {}), dict[str, str])
+    except msgspec.ValidationError as error:
+        raise SpecError(f"{path}: __metadata__: expected text by text, got {error}") from error
     tensors = [_stored(path, name, entry, data) for name, entry in entries.items()]
     at = data
     for tensor in sorted(tensors, key=attrgetter("begin", "end")):
@@ -129,7 +187,7 @@ def _of_file(path: Path) -> list[Stored]:
         at = tensor.end
     if at != size:
         raise SpecError(f"{path}: expected {at} bytes as the header says, got a file of {size} bytes")
-    return tensors
+    return tensors, metadata
 
 
 def _stored(path: Path, name: str, value: Any, data: int) -> Stored:
@@ -173,8 +231,8 @@ def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> SpecError:
+def unreadable(path: Path, error: OSError) -> SpecError:
     return SpecError(f"{path}: expected a readable file, got {error.strerror or error}")

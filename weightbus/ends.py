@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch.distributed as dist
 from torch import nn
 
 from weightbus import messages as m
+from weightbus.changes import Snapshot
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.facts import Holding, encode_facts, facts_id
 from weightbus.frozen import Frozen, Where
@@ -131,16 +133,18 @@ class Destination(_End):
         local: Sequence[str],
         derived: Sequence[str],
         trust_traces: bool,
-        on_update: Callable[[int], None] | None,
-        on_commit: Callable[[int], None] | None,
+        on_update: Callable[[int | None], None] | None,
+        on_commit: Callable[[int | None], None] | None,
         on_torn: Callable[[WeightbusError], None] | None,
         on_refused: Callable[[WeightbusError], None] | None,
+        cpu_group: dist.ProcessGroup | None,
     ) -> None:
         super().__init__(source)
         for one, other in self.layout.overlapping():
             raise SpecError(f"{one}: shares part of its storage with {other}; expected one or the other")
         self._name_map, self._local, self._derived = name_map, local, derived
         self._trust_traces = trust_traces
+        self.cpu_group = cpu_group
         self._on_update, self._on_commit = on_update, on_commit
         self._on_torn, self._on_refused = on_torn, on_refused
         self.state: State = "empty"
@@ -148,14 +152,19 @@ class Destination(_End):
         self.error: WeightbusError | None = None
         self._before: State = "empty"
         self._traces: Traces = {}
+        self._loaded: dict[str, str] = {}
+        self.snapshot: Snapshot | None = None
 
-    def target(self, manifest: Mapping[str, Spec], modules: Sequence[str] | None) -> Target:
+    def target(
+        self, manifest: Mapping[str, Spec], modules: Sequence[str] | None, *, partial: bool = False
+    ) -> Target:
+        """partial: destinations that the manifest does not feed stay as they are."""
         return Target(
             self.layout,
             modules,
             manifest,
             name_map=self._name_map,
-            local=self._local,
+            local=("*",) if partial else self._local,
             derived=self._derived,
             loaders=self._loaders(),
             trust_traces=self._trust_traces,
@@ -179,7 +188,8 @@ class Destination(_End):
         held = [self._records.get(key) for key in self._keys(job.modules)]
         record = held[0]
         if record is None or any(other is not record for other in held) or record.seed != job.seed:
-            version = record.version if record else "none"
+            loaded = [self._loaded[key] for key in self._keys(job.modules) if key in self._loaded]
+            version = loaded[0] if loaded else f"version {record.version}" if record else "none"
             raise UpdateError(f"expected version {job.version}, got {version}; this rank is {self.state}")
         self.changed()
         if self.refresh() or (record.target is not None and record.target.base is not self.layout):
@@ -195,7 +205,22 @@ class Destination(_End):
         self.commit(moved, job.modules)
         return moved
 
-    def before(self, version: int) -> None:
+    def commit(self, record: Record, modules: Sequence[str] | None) -> None:
+        self.forget(modules)
+        super().commit(record, modules)
+
+    def forget(self, modules: Sequence[str] | None) -> None:
+        super().forget(modules)
+        for key in self._keys(modules):
+            self._loaded.pop(key, None)
+
+    def perturbed(self) -> None:
+        """A test overwrites all weights: they are no version, and only a complete update leads out."""
+        self.forget(None)
+        self.state, self.version = "torn", None
+        self.error = TornError("the weights were overwritten for a test")
+
+    def before(self, version: int | None) -> None:
         """An update is about to start: the engine stops using the weights."""
         self._before = self.state
         self.state = "updating"
@@ -209,17 +234,46 @@ class Destination(_End):
             if self._on_commit:
                 self._on_commit(version)
             return
+        self._failed(outcome, f"version {version}", modules, wrote)
+
+    def after_load(
+        self,
+        outcome: m.Outcome,
+        version: int | None,
+        modules: Sequence[str] | None,
+        wrote: bool,
+        *,
+        what: str,
+        complete: bool,
+    ) -> None:
+        """The end of a load for which ``before`` was called, with the same callbacks.
+
+        what: where the tensors came from. complete: it was of all tensors; only such a one leads out of
+        ``empty``. What it wrote is no longer any version of the trainer's, and a check will say so.
+        """
+        if not outcome.ok:
+            self._failed(outcome, f"load of {what}", modules, wrote)
+            return
+        self.forget(modules)
+        label = "" if version is None else f"version {version}, "
+        self._loaded |= dict.fromkeys(self._keys(modules), f"{label}loaded from {what}")
+        self.state = "ready" if complete else self._before
+        self.version, self.error = version, None
+        if self._on_commit:
+            self._on_commit(version)
+
+    def _failed(self, outcome: m.Outcome, what: str, modules: Sequence[str] | None, wrote: bool) -> None:
         reasons = "; ".join(map(str, outcome.failures))
         if wrote:
             self.state = "torn"
             self.forget(modules)
-            self.error = TornError(f"version {version}: {reasons}")
+            self.error = TornError(f"{what}: {reasons}")
             log.error("torn: %s", self.error)
             if self._on_torn:
                 self._on_torn(self.error)
         else:
             self.state = self._before
-            self.error = UpdateError(f"version {version} refused: {reasons}")
+            self.error = UpdateError(f"{what} refused: {reasons}")
             log.error("%s", self.error)
             if self._on_refused:
                 self._on_refused(self.error)

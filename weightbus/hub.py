@@ -169,6 +169,12 @@ class Hub:
                 elif not coordinator.answer(message, now):
                     log.info("late: %s for update %d", type(message).__name__, message.update)
                 return None
+            case m.AskTask():
+                coordinator.tasks.ask(identity, message, now)
+                coordinator.advance(now)
+                return None
+            case m.AskReplicas():
+                return coordinator.tasks.replicas(message.id, coordinator.round is not None)
             case _:
                 return self._rendezvous(message)
 
@@ -239,6 +245,9 @@ class Hub:
             peer, message = outbox.pop(0)
             if peer in self._identities:
                 self._send(self._identities[peer], message)
+        replies = self.coordinator.tasks.replies
+        while replies:
+            self._send(*replies.pop(0))
 
     def _send(self, identity: bytes, message: m.Message) -> None:
         try:

@@ -27,7 +27,7 @@ def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S) -> None:
     Raises HubError with the hub's own words if it ends at once.
     """
     check_loopback(address)
-    if _listens(address):
+    if listens(address):
         return
     command = [sys.executable, "-m", "weightbus.hub", "--address", address, "--ephemeral"]
     with tempfile.TemporaryFile() as words:
@@ -41,7 +41,7 @@ def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S) -> None:
             start_new_session=True,
         )
         deadline = time.monotonic() + START_HUB_S
-        while not _listens(address):
+        while not listens(address):
             if hub.poll() is not None:
                 words.seek(0)
                 said = words.read().decode(errors="replace").strip()
@@ -52,7 +52,7 @@ def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S) -> None:
             time.sleep(0.02)
 
 
-def _listens(address: str) -> bool:
+def listens(address: str) -> bool:
     try:
         socket.create_connection(host_and_port(address), timeout=2.0).close()
     except OSError:

@@ -1,12 +1,12 @@
 """The control channel's messages: typed, bounded, and refused with the field's path if malformed.
 
-On the wire: two frames, ``HEADER`` and one msgpack map whose ``type`` names the class. Nothing is
-ever unpickled.
+On the wire: two frames, ``HEADER`` and one msgpack map whose ``type`` names the class; and, of a message that
+carries tensors, one raw frame for each entry of its ``frames``. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -31,8 +31,11 @@ Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Blob = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
 Pair = tuple[Residue, Residue]
 Axes = Annotated[list[Count], Meta(max_length=64)]
+
+# All raw frames of one message; each of them is bounded by MAX_MESSAGE_BYTES.
+MAX_PAYLOAD_BYTES = 1 << 30
 Kind = Literal["update", "check"]
-FactsOf = Literal["sources", "wants"]
+FactsOf = Literal["sources", "wants", "prepare", "write"]
 Word = Literal["verified", "arrived", "unverified", "mismatch", "failed"]
 Role = Literal["trainer", "server"]
 
@@ -262,6 +265,7 @@ class Done(Message, tag="done"):
     arrived: tensors of which only the arrival was digested, and why. wrong: what the rank itself finds
     wrong. Of a check also: hidden, sums of this rank's parameters of which no wire tensor's digest tells
     all, to be compared between replicas; exempt, names that are declared not to be fed in full, and as what.
+    version, verdict: of a load, what the rank holds now, and how far that is proved.
     """
 
     peer: Token
@@ -274,6 +278,8 @@ class Done(Message, tag="done"):
     exempt: dict[Name, Reason] = {}
     error: Reason = ""
     stages: dict[Name, Seconds] = {}
+    version: Count | None = None
+    verdict: Literal["verified", "arrived", "unverified"] = "unverified"
 
 
 class Detail(Message, tag="detail"):
@@ -415,6 +421,117 @@ class Outcome(Message, tag="outcome"):
     servers: Count = 0
 
 
+# -- tasks: loads, saves and probes, outside updates ------------------------------------------------
+
+Path = Annotated[str, Meta(max_length=4096)]
+PayloadFormat = Literal["safetensors", "flattened_bucket"]
+
+
+class Frame(Record):
+    """A raw frame of a message: tensors for the rank at this place, of this module (None: of the only one)."""
+
+    place: Rank
+    module: Name | None
+    nbytes: Count
+
+
+class LoadTask(Record, tag="load", tag_field="kind"):
+    """The server ranks of a replica take tensors from a directory that each can read, or from frames.
+
+    replica: None is the only complete one. path: "" where frames carry the tensors. version: a label; None
+    takes the directory's. roots: where files may lie; [] is anywhere. partial: tensors that are not given
+    stay. atomic: everything is read into memory before the first write.
+    """
+
+    replica: Rank | None = None
+    path: Path = ""
+    modules: list[Name] | None = None
+    version: Count | None = None
+    format: PayloadFormat = "safetensors"
+    roots: list[Path] = []
+    partial: bool = False
+    atomic: bool = False
+    verify: bool = True
+
+
+class SaveTask(Record, tag="save", tag_field="kind"):
+    """All trainer ranks together write their tensors to a directory that each can reach."""
+
+    path: Path
+    modules: list[Name] | None
+    version: Count | None
+    file_bytes: Count
+
+
+class ProbeTask(Record, tag="probe", tag_field="kind"):
+    """The server ranks of a replica each answer a question about what they hold; nothing is written."""
+
+    replica: Rank | None
+    question: Name
+    modules: list[Name] | None = None
+    argument: Blob = b""
+
+
+Task = LoadTask | SaveTask | ProbeTask
+
+
+class AskTask(Message, tag="ask_task"):
+    """Of a client, which never says hello. wait_s: until the task may start; run_s: for each of its steps."""
+
+    id: Token
+    task: Task
+    wait_s: Seconds
+    run_s: Seconds
+    frames: list[Frame] = []
+    payloads: list[bytes] = []
+
+
+class TaskOffer(Message, tag="task_offer"):
+    """The start of a task for every rank that takes part; their order gives each its place."""
+
+    update: Count
+    task: Task
+    members: list[Member]
+    run_s: Seconds
+    frames: list[Frame] = []
+    payloads: list[bytes] = []
+
+
+class TaskEnd(Message, tag="task_end"):
+    """To the client: how its task ended. answers: of a probe, in the order of the ranks."""
+
+    id: Token
+    ok: bool
+    verdict: Word
+    moved: bool = False
+    failures: list[Failure] = []
+    arrived: dict[Name, Reason] = {}
+    version: Count | None = None
+    seconds: Seconds = 0.0
+    ranks: Count = 0
+    answers: list[Blob] = []
+
+
+class AskReplicas(Message, tag="ask_replicas"):
+    id: Token
+
+
+class ReplicaInfo(Record):
+    """What the hub knows of a replica; ``version`` is None where it does not know, or there is none."""
+
+    replica: Rank
+    size: Size
+    joined: Count
+    state: Literal["empty", "ready", "torn"]
+    version: Count | None
+
+
+class Replicas(Message, tag="replicas"):
+    id: Token
+    replicas: list[ReplicaInfo]
+    busy: bool
+
+
 # -- rendezvous ------------------------------------------------------------------------------------
 
 
@@ -453,44 +570,57 @@ class StoreValue(Message, tag="store_value"):
 
 ToHub = (
     Hello | Beat | Leave | Enter | Facts | Ready | Refuse | Done | Sums | Clues | Probed
-    | StoreSet | StoreGet | StoreAdd | StoreCheck | StoreDelete | StoreCount
+    | StoreSet | StoreGet | StoreAdd | StoreCheck | StoreDelete | StoreCount | AskTask | AskReplicas
 )  # fmt: skip
 FromHub = (
     Welcome | Refused | Alive | Farewell | Offer | Gathered | Go | Detail | Suspects | Probe
-    | Outcome | StoreValue
+    | Outcome | StoreValue | TaskOffer | TaskEnd | Replicas
 )  # fmt: skip
 
+_Direction = TypeVar("_Direction", ToHub, FromHub)
 _encoder = msgspec.msgpack.Encoder()
 _to_hub: msgspec.msgpack.Decoder[ToHub] = msgspec.msgpack.Decoder(ToHub)
 _from_hub: msgspec.msgpack.Decoder[FromHub] = msgspec.msgpack.Decoder(FromHub)
 
 
 def encode(message: Message) -> list[bytes]:
+    if isinstance(message, AskTask | TaskOffer) and message.payloads:
+        bare = msgspec.structs.replace(message, payloads=[])
+        return [HEADER, _encoder.encode(bare), *message.payloads]
     return [HEADER, _encoder.encode(message)]
 
 
-def _payload(frames: list[bytes], end: str) -> bytes:
+def _decode(frames: list[bytes], decoder: msgspec.msgpack.Decoder[_Direction], end: str) -> _Direction:
+    """Raises ProtocolError with the field's path."""
     if not frames or frames[0] != HEADER:
         got = frames[0][:32] if frames else b""
         raise ProtocolError(f"expected protocol {HEADER.decode()}, got {got!r}; {end}")
-    if len(frames) != 2:
+    if len(frames) < 2:
         raise ProtocolError(f"expected 2 frames, got {len(frames)}; {end}")
-    return frames[1]
+    try:
+        message = decoder.decode(frames[1])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"{error}; {end}") from error
+    payloads = frames[2:]
+    announced = [frame.nbytes for frame in message.frames] if isinstance(message, AskTask | TaskOffer) else []
+    if announced != [len(payload) for payload in payloads]:
+        kind = type(message).__name__
+        raise ProtocolError(
+            f"{kind}: expected {len(announced)} raw frames of {sum(announced)} bytes, "
+            f"got {len(payloads)} of {sum(map(len, payloads))}; {end}"
+        )
+    if isinstance(message, AskTask | TaskOffer):
+        if message.payloads:
+            raise ProtocolError(f"{type(message).__name__}: expected payloads in raw frames only; {end}")
+        message.payloads = payloads
+    return message
 
 
 def decode_to_hub(frames: list[bytes]) -> ToHub:
     """Raises ProtocolError with the field's path."""
-    payload = _payload(frames, "message to the hub")
-    try:
-        return _to_hub.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ProtocolError(f"{error}; message to the hub") from error
+    return _decode(frames, _to_hub, "message to the hub")
 
 
 def decode_from_hub(frames: list[bytes]) -> FromHub:
     """Raises ProtocolError with the field's path."""
-    payload = _payload(frames, "answer of the hub")
-    try:
-        return _from_hub.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ProtocolError(f"{error}; answer of the hub") from error
+    return _decode(frames, _from_hub, "answer of the hub")

@@ -31,6 +31,7 @@ from weightbus import messages as m
 from weightbus.judge import Inquiry, compare_folds
 from weightbus.roster import Peer, Roster
 from weightbus.spec import fingerprint
+from weightbus.tasks import Tasks
 
 # Once one member has failed, the others may still say within this time what they know of it.
 GRACE_S = 1.0
@@ -101,6 +102,7 @@ class Coordinator:
         self._planned: set[str] = set()
         self._committed = -1
         self._incarnation = secrets.token_hex(8)
+        self.tasks = Tasks(self.roster, self.outbox, self._number)
         self._steps: dict[Phase, Callable[[Round, float], None]] = {
             Phase.ENTER: self._offer,
             Phase.SOURCES: self._relay_sources,
@@ -117,9 +119,8 @@ class Coordinator:
     def enter(self, message: m.Enter, now: float) -> None:
         """A trainer rank calls ``update`` or ``check``: the first one opens the round."""
         if self.round is None:
-            self._updates += 1
             deadline = now + message.join_s
-            self.round = Round(update=self._updates, started=now, deadline=deadline, enter=message)
+            self.round = Round(update=self._number(), started=now, deadline=deadline, enter=message)
         round = self.round
         if round.phase is not Phase.ENTER:
             self._refuse_enter(message, f"update {round.update} is still going on")
@@ -139,6 +140,9 @@ class Coordinator:
         self, message: m.Facts | m.Ready | m.Refuse | m.Done | m.Sums | m.Clues | m.Probed, now: float
     ) -> bool:
         """A member's answer; False if it is of no use any more (late, repeated, out of turn)."""
+        if self.tasks.answer(message, now):
+            self.advance(now)
+            return True
         round = self.round
         if round is None or message.update != round.update or message.peer not in round.expected:
             return False
@@ -153,6 +157,7 @@ class Coordinator:
 
     def lost(self, peer: Peer, reason: str, now: float) -> None:
         """A peer left or died; it is no longer in the roster."""
+        self.tasks.lost(peer, reason, now)
         round = self.round
         if round is not None and peer.id in (round.members or round.answers):
             round.answers.pop(peer.id, None)
@@ -164,11 +169,14 @@ class Coordinator:
 
     def advance(self, now: float) -> None:
         """Take the next step if all have answered, or end the round if its time is over."""
+        self.tasks.advance(now, free=self.round is None or self.round.phase is Phase.ENTER)
         round = self.round
         if round is None:
             return
         if round.phase is Phase.ENTER:
             missing = self.roster.missing(round.answers, round.enter.min_replicas)
+            if self.tasks.going is not None:
+                missing.append("all ranks: a load, save or probe is still going on")
         else:
             waiting = round.expected - round.answers.keys()
             missing = [f"{round.members[peer]}: no answer in phase {round.phase.name}" for peer in waiting]
@@ -360,6 +368,8 @@ class Coordinator:
             replicas=sorted({server.replica for server in servers}),
             servers=len(servers),
         )
+        if update:
+            self.tasks.saw(outcome.replicas, ok, outcome.moved, round.enter.version)
         recipients = [p for p in (round.members or round.answers) if p in self.roster.peers]
         self.round = None
         self._send(recipients, outcome)
@@ -376,6 +386,10 @@ class Coordinator:
     def _note(self, round: Round, rank: str, reason: str, now: float) -> None:
         round.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
         round.deadline = min(round.deadline, now + GRACE_S)
+
+    def _number(self) -> int:
+        self._updates += 1
+        return self._updates
 
     def _next(self, round: Round, phase: Phase, expected: Iterable[str], deadline: float) -> None:
         round.phase, round.expected, round.deadline = phase, set(expected), deadline

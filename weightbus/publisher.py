@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, overload
 
@@ -19,7 +21,8 @@ from weightbus.hub import DEAD_AFTER_S
 from weightbus.layout import Source, rank_and_size
 from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
-from weightbus.report import Mismatch, Report, Verdict
+from weightbus.report import Mismatch, Report, Saved, Verdict
+from weightbus.save import Save
 from weightbus.session import Session
 from weightbus.turn import Progress, SourceCopy
 
@@ -33,6 +36,7 @@ CUDA_BUCKET_BYTES = 256 << 20
 CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
 
+DEFAULT_FILE_BYTES = 4 << 30
 Route = Literal["auto", "peer", "broadcast"]
 
 
@@ -242,6 +246,60 @@ class Publisher:
             servers=outcome.servers,
             seconds=time.monotonic() - begun,
             digest_s=outcome.digest_s,
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        version: int | None = None,
+        modules: Sequence[str] | None = None,
+        file_bytes: int = DEFAULT_FILE_BYTES,
+        timeout_s: float = 600.0,
+    ) -> Saved:
+        """Write the source to safetensors files, with index and digest list, for ``update_from_disk``.
+
+        Collective over trainer ranks, with equal arguments; each writes what it holds, in its own dtypes. The
+        source must not change until it returns.
+        path: a directory that does not exist yet, in one that all trainer ranks share; it appears, whole, at
+            the end. A mapping source gets a sub-folder for each module. version: the label to record.
+        file_bytes: no file has more data, unless one tensor has. timeout_s: to wait for the other ranks, and
+            for each step.
+        Raises UpdateError with each rank's reason, HubError if the hub is lost.
+        """
+        task = m.SaveTask(
+            path=os.path.abspath(path),
+            modules=None if modules is None else list(modules),
+            version=version,
+            file_bytes=file_bytes,
+        )
+        bar = Bar(f"saving {os.path.basename(task.path)}") if self.rank == 0 else None
+        report = bar or (lambda done, total: None)
+        self._settle()
+        if self._origin.refresh():
+            self._session.forget_plans()
+
+        def work(offer: m.TaskOffer, task: m.SaveTask, place: int, look: Callable[[], None]) -> Save:
+            return Save(task, place, self._origin.layout, look=look, progress=report)
+
+        try:
+            outcome, turn = self._session.call_task(
+                task, lead=self.rank == 0, timeout_s=timeout_s, report=report, save=work
+            )
+        finally:
+            if bar:
+                bar.close()
+        if not outcome.ok:
+            reasons = "\n  ".join(["", *map(str, outcome.failures)])
+            raise UpdateError(f"save to {task.path} has failed:{reasons}")
+        assert isinstance(turn.work, Save), "a save has ended well"
+        return Saved(
+            path=task.path,
+            version=version,
+            files=turn.work.files,
+            tensors=turn.work.tensors,
+            nbytes=turn.work.nbytes,
+            seconds=outcome.seconds,
         )
 
     def _enter(

@@ -110,6 +110,48 @@ class Report:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """One load from disk, as this server rank saw it.
+
+    word: ``verified`` if the directory has a digest list, all ranks together have read what it says, and
+    each holds live what it has read; ``arrived`` if some tensors could not be digested live (each with its
+    reason in ``arrived``); ``unverified`` if there is no list. nbytes: this rank's. seconds: of all ranks.
+    """
+
+    word: str
+    version: int | None
+    nbytes: int
+    seconds: float
+    servers: int
+    arrived: Mapping[str, str]
+
+    def __str__(self) -> str:
+        label = "" if self.version is None else f" version {self.version}"
+        return (
+            f"{self.word} load{label}: {_bytes(self.nbytes)} on this rank in {self.seconds:.3f} s, "
+            f"{_count(self.servers, 'server rank')}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """One save. nbytes: that this trainer rank has written. files, tensors: of all ranks."""
+
+    path: str
+    version: int | None
+    files: int
+    tensors: int
+    nbytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"saved {_count(self.tensors, 'tensor')} to {self.path} in {_count(self.files, 'file')}, "
+            f"{_bytes(self.nbytes)} by this rank in {self.seconds:.3f} s"
+        )
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 

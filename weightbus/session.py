@@ -6,21 +6,26 @@ answers each. ``Publisher`` and ``Subscriber`` are its two faces.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 
 from weightbus import messages as m
+from weightbus.asking import Asking
 from weightbus.bucket import Staging
 from weightbus.ends import Destination, Origin
-from weightbus.errors import HubError, ProtocolError, SpecError
+from weightbus.errors import HubError, ProtocolError, SpecError, UpdateError
 from weightbus.group import Group
 from weightbus.hub import SPIN_S
 from weightbus.lanes import Lanes
 from weightbus.link import Link
 from weightbus.loopback import PREFIX, Loopback
 from weightbus.planned import Planned
+from weightbus.task_turn import MakeSave, TaskTurn, raise_for
 from weightbus.turn import SLACK_S, Progress, SourceCopy, Turn
 
 
@@ -131,10 +136,51 @@ class Session:
                     turn.probe(message)
                 case m.Outcome():
                     return turn.ended(message)
+                case m.TaskOffer() if turn.offer is None:
+                    self.take_part(message)
                 case m.Farewell():
                     turn.farewell = message  # the outcome follows: this rank may be torn
                 case _:
                     raise ProtocolError(f"expected a message of an update, got {type(message).__name__}")
+
+    def take_part(self, offer: m.TaskOffer) -> m.Outcome:
+        """In a task that somebody has asked for."""
+        return TaskTurn(self, offer).follow()
+
+    def call_task(
+        self,
+        task: m.Task,
+        *,
+        lead: bool,
+        timeout_s: float,
+        report: Callable[[int, int], None] | None = None,
+        save: MakeSave | None = None,
+    ) -> tuple[m.Outcome, TaskTurn]:
+        """Ask for a task, on the rank that leads, and follow it to its outcome on this one.
+
+        Updates and checks that come first are taken part in. Raises UpdateError if the hub refuses it or no
+        offer comes in ``timeout_s``, HubError if the hub is lost.
+        """
+        deadline = time.monotonic() + timeout_s
+        with contextlib.ExitStack() as stack:
+            asking = stack.enter_context(Asking(self.link.address)) if lead else None
+            id = asking.send(task, wait_s=timeout_s, run_s=timeout_s) if asking else ""
+            while True:
+                message = self.link.receive(0.05)
+                if isinstance(message, m.TaskOffer):
+                    turn = TaskTurn(self, message, report=report, expected=task, save=save)
+                    outcome = turn.follow()
+                    if asking:
+                        asking.receive(id, 1.0)  # the same outcome, as the client hears it
+                    return outcome, turn
+                if isinstance(message, m.Offer):
+                    self.follow(message, Progress())
+                elif isinstance(message, m.Farewell):
+                    stack.callback(self.link.push_back, message)  # a task needs no trainer
+                elif asking and isinstance(end := asking.receive(id, 0.0), m.TaskEnd):
+                    raise_for(end, "task")
+                if time.monotonic() > deadline + SLACK_S:
+                    raise UpdateError(f"task: expected rank 0 to ask for it within {timeout_s:.0f} s")
 
     # -- what turns share --------------------------------------------------------------------------
 

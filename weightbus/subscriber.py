@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
+
+import torch.distributed as dist
 
 from weightbus import messages as m
 from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
 from weightbus.install import NameMap
 from weightbus.layout import Source, rank_and_size
+from weightbus.load import Load
+from weightbus.progress import Bar
 from weightbus.publisher import DEFAULT_ADDRESS, DEFAULT_NUM_BUCKETS
+from weightbus.report import Loaded
 from weightbus.session import Session
+from weightbus.task_turn import raise_for
 from weightbus.turn import Progress
 
 log = logging.getLogger("weightbus")
@@ -39,10 +47,13 @@ class Subscriber:
         no staging memory. Not for hooks that do more than write.
     on_update: called with the version before any byte is written (pause). Then exactly one of
         on_commit (with the version: flush caches, resume), on_torn (with the error: weights are a
-        mixture) or on_refused (with the error: the old weights live on).
+        mixture) or on_refused (with the error: the old weights live on). Loads from disk or from tensors
+        call them too, with None where a load has no version.
     agree: for engines whose steps are collective: takes this rank's "an update is waiting" and returns
         the same answer on all ranks of the replica, such as an all-reduce with MAX; so that all enter an
         update between the same two steps. Called once in each ``poll``.
+    cpu_group: the engine's own group of the replica's ranks, for CPU tensors: with it, SHA-256 digests of whole
+        tensors are put together from shards. Without it, ranks are asked about their shards alone.
     Raises HubError if no hub answers in ``connect_timeout_s`` or it refuses this rank.
     """
 
@@ -58,11 +69,12 @@ class Subscriber:
         local: Sequence[str] = (),
         derived: Sequence[str] = (),
         trust_traces: bool = False,
-        on_update: Callable[[int], None] | None = None,
-        on_commit: Callable[[int], None] | None = None,
+        on_update: Callable[[int | None], None] | None = None,
+        on_commit: Callable[[int | None], None] | None = None,
         on_torn: Callable[[WeightbusError], None] | None = None,
         on_refused: Callable[[WeightbusError], None] | None = None,
         agree: Callable[[bool], bool] | None = None,
+        cpu_group: dist.ProcessGroup | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
         connect_timeout_s: float = 300.0,
     ) -> None:
@@ -76,6 +88,7 @@ class Subscriber:
             on_commit=on_commit,
             on_torn=on_torn,
             on_refused=on_refused,
+            cpu_group=cpu_group,
         )
         self.rank, self.replica_size = rank_and_size(self._destination.layout, rank, replica_size)
         self.replica = replica
@@ -113,8 +126,13 @@ class Subscriber:
         """Why the last update was not committed; None after one that was."""
         return self._destination.error
 
+    @property
+    def left(self) -> bool:
+        """Whether the trainer job has left, as ``poll`` has seen."""
+        return self._left
+
     def poll(self, timeout_s: float = 0.0) -> bool:
-        """Take part in an update or check if one waits; whether one did.
+        """Take part in an update, check, load or probe if one waits; whether one did.
 
         Called by every rank of the replica between engine steps. Blocks for the update, else for at
         most ``timeout_s``. What became of it: ``state``, ``version``, ``error`` and the callbacks.
@@ -125,12 +143,15 @@ class Subscriber:
             return False
         message = self._session.link.receive(timeout_s)
         if self._agree is not None:
-            waiting = self._agree(isinstance(message, m.Offer))
+            waiting = self._agree(isinstance(message, m.Offer | m.TaskOffer))
             if waiting and message is None:
                 message = self._session.link.receive(30.0)
         match message:
             case m.Offer():
                 self._session.follow(message, Progress())
+                return True
+            case m.TaskOffer():
+                self._session.take_part(message)
                 return True
             case m.Farewell():
                 self._left = True
@@ -142,8 +163,59 @@ class Subscriber:
                 log.info("late: %s", type(message).__name__)
         return False
 
+    def update_from_disk(
+        self,
+        path: str | Path,
+        modules: Sequence[str] | None = None,
+        *,
+        version: int | None = None,
+        atomic: bool = False,
+        verify: bool = True,
+        timeout_s: float = 600.0,
+    ) -> Loaded:
+        """Load safetensors files into the live weights; all modules or none.
+
+        Collective over the replica's ranks, with equal arguments; ranks that are in ``poll`` or ``serve`` take
+        part too, if rank 0 calls. Each rank reads only what it holds.
+        path: that every rank can read: a directory (with a sub-folder for each module of a mapping target), a
+            safetensors file, or an index file. modules: names of a mapping target's modules; all by default.
+        version: the label that ``version`` gives from now on; by default what ``publisher.save`` recorded.
+        atomic: read everything into host memory before the first write, so that a file that can't be read any
+            more leaves the old weights live. verify: compare with the directory's digest list, if it has one.
+        timeout_s: to wait for other ranks and rounds, and for each step.
+        Raises UpdateError if nothing was written (the text names rank, file and tensor), TornError if ranks
+        hold a mixture, HubError if the hub is lost.
+        """
+        task = m.LoadTask(
+            replica=self.replica,
+            path=os.path.abspath(path),
+            modules=None if modules is None else list(modules),
+            version=version,
+            atomic=atomic,
+            verify=verify,
+        )
+        bar = Bar(f"loading {os.path.basename(task.path)}") if self.rank == 0 else None
+        try:
+            outcome, turn = self._session.call_task(
+                task, lead=self.rank == 0, timeout_s=timeout_s, report=bar or (lambda done, total: None)
+            )
+        finally:
+            if bar:
+                bar.close()
+        raise_for(outcome, f"load of {task.path}")
+        work = turn.work
+        assert isinstance(work, Load), "a load has been committed"
+        return Loaded(
+            word=outcome.verdict,
+            version=work.version,
+            nbytes=work.nbytes,
+            seconds=outcome.seconds,
+            servers=outcome.servers,
+            arrived=outcome.arrived,
+        )
+
     def serve(self) -> None:
-        """Take part in updates and checks until the trainer job leaves, or ``stop`` is called."""
+        """Take part in updates, checks and loads until the trainer job leaves, or ``stop`` is called."""
         while not self._left and not self._stop.is_set():
             if self._session.origin is None:
                 self.poll(timeout_s=0.5)

@@ -1,0 +1,178 @@
+"""Boxes of stored tensors: which bytes are asked for, where they go, and what memory that takes."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from weightbus import reading, tensor_digest
+from weightbus.box import Box
+from weightbus.digest import P
+from weightbus.disk import stored_tensors
+from weightbus.errors import SpecError
+from weightbus.reading import Read, Reader, Sources, pieces_of, runs
+
+
+@st.composite
+def boxes(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    offsets = tuple(draw(st.integers(0, n - 1)) for n in shape)
+    sizes = tuple(draw(st.integers(1, n - o)) for n, o in zip(shape, offsets, strict=True))
+    return shape, Box(offsets, sizes)
+
+
+@given(boxes())
+def test_runs_are_the_elements_of_a_box_in_order_and_as_long_as_can_be(case):
+    shape, box = case
+    places = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)[box.within(Box.whole(shape))].reshape(-1)
+    starts, length = runs(shape, box)
+    assert [s + i for s in starts.tolist() for i in range(length)] == places.tolist()
+    breaks = int((np.diff(places) != 1).sum())
+    assert len(starts) >= breaks + 1
+    if len(shape) <= 2:
+        assert len(starts) == breaks + 1
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A file of several kinds of tensors, read by pieces of 1 KB."""
+    monkeypatch.setattr(reading, "BUFFER_BYTES", 1 << 10)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(70, 50, generator=generator),
+        "cube": torch.randn(6, 11, 13, generator=generator).to(torch.bfloat16),
+        "scalar": torch.tensor(2.5),
+        "flags": torch.randint(0, 2, (3001,), generator=generator).bool(),
+        "empty": torch.zeros(0, 4),
+    }
+    save_file(tensors, tmp_path / "m.safetensors")
+    return tensors, stored_tensors(tmp_path)
+
+
+def pieces(reads):
+    return pieces_of(reads, 1 << 10)
+
+
+def box_of(tensor, *spans):
+    return Box(tuple(a for a, _ in spans), tuple(b - a for a, b in spans))
+
+
+CASES = {
+    "matrix": [((10, 40), (0, 50)), ((0, 70), (25, 50)), ((3, 4), (7, 8))],
+    "cube": [((1, 5), (0, 11), (0, 13)), ((0, 6), (3, 9), (2, 13)), ((2, 3), (0, 11), (5, 6))],
+    "scalar": [()],
+    "flags": [((17, 2999),)],
+    "empty": [((0, 0), (0, 4))],
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["as stored", "cast"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_every_box_lands_bit_for_bit(stored, dtype, strided):
+    tensors, files = stored
+    reads, expected = [], []
+    for name, spans in CASES.items():
+        for span in spans:
+            box = box_of(tensors[name], *span)
+            want = tensors[name][box.within(Box.whole(tensors[name].shape))]
+            want = want if dtype is None or name == "flags" else want.to(dtype)
+            view = torch.zeros((*want.shape, 2) if strided else want.shape, dtype=want.dtype)
+            view = view[..., 0] if strided else view
+            reads.append(Read(stored=files[name], box=box, view=view))
+            expected.append(want)
+    sources = Sources([read.stored for read in reads], {})
+    moved = []
+    Reader(sources, torch.device("cpu"), lambda: None).write(
+        pieces(reads), {i: read.view for i, read in enumerate(reads)}, moved.append
+    )
+    sources.close()
+    for read, want in zip(reads, expected, strict=True):
+        assert torch.equal(read.view, want)
+    assert sum(moved) == sum(read.box.volume * tensors[read.stored.spec.name].itemsize for read in reads)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_digests_of_boxes_add_up_to_the_tensors(stored, keep):
+    tensors, files = stored
+    halves = {"matrix": [((0, 70), (0, 13)), ((0, 70), (13, 50))], "cube": [((0, 6), (0, 11), (0, 13))]}
+    reads = [
+        Read(stored=files[name], box=box_of(tensors[name], *span), view=None)
+        for name, spans in halves.items()
+        for span in spans
+    ]
+    sources = Sources([read.stored for read in reads], {})
+    work = pieces(reads)
+    sums = Reader(sources, torch.device("cpu"), lambda: None).digest(work, lambda _: None, keep=keep)
+    sources.close()
+    whole = tuple((a + b) % P for a, b in zip(sums[0], sums[1], strict=True))
+    assert whole == tensor_digest(tensors["matrix"]).sums
+    assert sums[2] == tensor_digest(tensors["cube"]).sums
+    assert all((piece.kept is not None) == keep for piece in work)
+
+
+def test_asks_a_file_for_exactly_the_bytes_of_its_boxes(stored, monkeypatch):
+    tensors, files = stored
+    asked = []
+    real = reading.os.preadv
+    monkeypatch.setattr(
+        reading.os,
+        "preadv",
+        lambda fd, buffers, at: asked.append(sum(map(len, buffers))) or real(fd, buffers, at),
+    )
+    box = box_of(tensors["matrix"], (0, 70), (25, 50))
+    view = torch.zeros(70, 25)
+    sources = Sources([files["matrix"]], {})
+    read = Read(stored=files["matrix"], box=box, view=view)
+    Reader(sources, torch.device("cpu"), lambda: None).write(pieces([read]), {0: view}, lambda _: None)
+    sources.close()
+    assert asked == [100] * 70
+
+
+def test_the_first_failure_ends_it_and_no_thread_goes_on(stored):
+    _, files = stored
+    view = torch.zeros(70, 50)
+    sources = Sources([files["matrix"]], {})
+    os.truncate(files["matrix"].path, files["matrix"].begin + 5000)
+    read = Read(stored=files["matrix"], box=Box.whole((70, 50)), view=view)
+    with pytest.raises(SpecError, match=r"matrix: expected data up to byte \d+, got a file of \d+; truncated"):
+        Reader(sources, torch.device("cpu"), lambda: None).write(pieces([read]), {0: view}, lambda _: None)
+    with pytest.raises(SpecError, match="stays as it is while it is loaded"):
+        sources.check_unchanged()
+    sources.close()
+
+
+def test_a_wait_can_be_ended_from_outside(stored):
+    _, files = stored
+
+    def ended():
+        raise InterruptedError
+
+    sources = Sources([files["matrix"]], {})
+    view = torch.zeros(70, 50)
+    read = Read(stored=files["matrix"], box=Box.whole((70, 50)), view=view)
+    with pytest.raises(InterruptedError):
+        Reader(sources, torch.device("cpu"), ended).write(pieces([read]), {0: view}, lambda _: None)
+    sources.close()
+
+
+@settings(max_examples=30, deadline=None)
+@given(boxes(), st.sampled_from([torch.uint8, torch.float16, torch.float32]))
+def test_any_box_of_any_shape(tmp_path_factory, case, dtype):
+    shape, box = case
+    whole = torch.arange(int(np.prod(shape, dtype=int))).reshape(shape).to(dtype)
+    folder = tmp_path_factory.mktemp("box")
+    save_file({"t": whole}, folder / "t.safetensors")
+    stored = stored_tensors(folder)["t"]
+    view = torch.zeros(box.sizes, dtype=dtype)
+    sources = Sources([stored], {})
+    Reader(sources, torch.device("cpu"), lambda: None).write(
+        pieces_of([Read(stored=stored, box=box, view=view)], 16), {0: view}, lambda _: None
+    )
+    sources.close()
+    assert torch.equal(view, whole[box.within(Box.whole(shape))])

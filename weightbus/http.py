@@ -1,0 +1,465 @@
+"""The weight routes of inference engines over HTTP, as SGLang names them: mounted in an app, or beside it.
+
+Each request becomes a task at the hub, and is answered once all ranks of the replica have finished it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.types import Message
+
+from weightbus import __version__
+from weightbus import messages as m
+from weightbus.asking import Asking
+from weightbus.disk import check_inside
+from weightbus.errors import HubError, SpecError, WeightbusError
+from weightbus.payload import refuse_pickle
+
+DEFAULT_PORT = 5780
+DEFAULT_BODY_BYTES = 512 << 20
+TOKEN_VARIABLE = "WEIGHTBUS_HTTP_TOKEN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What the routes ask of the engine whose app they are mounted in; None is answered by 400.
+
+    pause: called with SGLang's mode (``abort``, ``retract``, ``in_place``). flush_cache: called after a load
+    with ``flush_cache=true``; ranks can flush in ``on_commit`` instead.
+    """
+
+    pause: Callable[[str], object] | None = None
+    resume: Callable[[], object] | None = None
+    flush_cache: Callable[[], object] | None = None
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Text = Annotated[str, Field(max_length=4096)]
+Module = Annotated[str, Field(min_length=1, max_length=1024)]
+Modules = Annotated[list[Module], Field(min_length=1, max_length=1024)]
+Version = Annotated[int, Field(ge=0, lt=1 << 62)] | Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+Payload = str | dict[Module, str]
+Manifest = dict[Annotated[str, Field(max_length=1024)], Annotated[str, Field(max_length=128)]]
+
+
+class UpdateFromDisk(_Body):
+    """model_path: a directory that every rank can read. target_modules: null is all."""
+
+    model_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    flush_cache: bool = True
+    target_modules: Modules | None = None
+    load_format: Literal["auto", "safetensors"] | None = None
+    weight_version: Version | None = None
+
+
+class UpdateFromTensor(_Body):
+    """serialized_named_tensors: base64 of safetensors bytes, or a map of modules to such; one for all ranks, or
+    one for each. target_modules: null is the only module, or ``transformer``."""
+
+    serialized_named_tensors: Annotated[list[Payload], Field(min_length=1, max_length=4096)]
+    load_format: m.PayloadFormat | None = None
+    target_modules: Modules | None = None
+    flush_cache: bool = True
+    weight_version: Version | None = None
+
+
+class CheckTensors(_Body):
+    """expected_named_tensors_sha256: digests by name, for all ranks; or a list of one such map, or of one for
+    each rank."""
+
+    target_module: Module
+    expected_named_tensors_sha256: Manifest | Annotated[list[Manifest], Field(min_length=1, max_length=4096)]
+
+
+class GetChecksum(_Body):
+    """module_names: null is all."""
+
+    module_names: Modules | None = None
+
+
+class CheckWeights(_Body):
+    """action: ``snapshot`` what is live, ``compare`` with the snapshot, or ``reset_tensors``, which overwrites
+    all weights, so that a test can tell what an update has written."""
+
+    action: Literal["snapshot", "compare", "reset_tensors"]
+
+
+class Pause(_Body):
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class Continue(_Body):
+    pass
+
+
+class Answer(BaseModel):
+    success: bool
+    message: str
+
+
+class WeightVersion(BaseModel):
+    weight_version: str | None
+
+
+class _Refusal(Exception):
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.message, self.status = message, status
+
+
+def _answer(success: bool, message: str, status: int | None = None) -> JSONResponse:
+    # A request can spell half a surrogate pair, which no answer could repeat.
+    text = message.encode("utf-8", "replace").decode()
+    return JSONResponse({"success": success, "message": text}, status or (200 if success else 400))
+
+
+def _call(name: str, callback: Callable[[], object]) -> None:
+    try:
+        callback()
+    except Exception as error:
+        raise _Refusal(f"the engine's {name} raised {type(error).__name__}: {error}", 500) from error
+
+
+class _Route(APIRoute):
+    """Bounds the body, and answers what is refused in the routes' own form."""
+
+    body_bytes = DEFAULT_BODY_BYTES
+    token: str | None = None
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            seen = 0
+
+            async def receive() -> Message:
+                nonlocal seen
+                message = await request.receive()
+                seen += len(message.get("body", b""))
+                if seen > self.body_bytes:
+                    raise _Refusal(f"body: expected at most {self.body_bytes} bytes, got more", 413)
+                return message
+
+            try:
+                self._authorise(request)
+                announced = request.headers.get("content-length", "")
+                if announced.isdecimal() and int(announced) > self.body_bytes:
+                    raise _Refusal(f"body: expected at most {self.body_bytes} bytes, got {announced}", 413)
+                return await handle(Request(request.scope, receive))
+            except _Refusal as refusal:
+                return _answer(False, refusal.message, refusal.status)
+            except RequestValidationError as error:
+                return _answer(False, "; ".join(map(_validation, error.errors()[:5])))
+            except HTTPException as error:
+                if isinstance(error.__cause__, _Refusal):  # raised while the body was read
+                    return _answer(False, error.__cause__.message, error.__cause__.status)
+                return _answer(False, str(error.detail), error.status_code)
+            except HubError as error:
+                return _answer(False, str(error), 503)
+            except (WeightbusError, ValueError) as error:
+                return _answer(False, str(error))
+
+        return bounded
+
+    def _authorise(self, request: Request) -> None:
+        if self.token is None:
+            return
+        scheme, given = get_authorization_scheme_param(request.headers.get("authorization"))
+        right = hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+        if scheme.lower() != "bearer" or not right:
+            raise _Refusal("authorization: expected the bearer token of this server, got another or none", 401)
+
+
+def _validation(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "body")
+    return f"{where or 'body'}: {error['msg']}"
+
+
+def router(
+    address: str,
+    *,
+    replica: int | None = None,
+    token: str | None = None,
+    roots: Sequence[str | Path] = (),
+    engine: Engine | None = None,
+    max_body_bytes: int = DEFAULT_BODY_BYTES,
+    wait_s: float = 60.0,
+    run_s: float = 600.0,
+) -> APIRouter:
+    """The routes, to mount: ``app.include_router(weightbus.http.router(address, roots=["/models"]))``.
+
+    address: the hub's. replica: whose ranks they are for; None is the only one. token: asked for as a bearer
+    token, if given. roots: directories in which a ``model_path`` may lie, symbolic links followed; with none,
+    loads from disk are refused. max_body_bytes: of a request. wait_s: for updates and other requests to end;
+    run_s: for each step of a load.
+    """
+    allowed = [str(Path(root).resolve()) for root in roots]
+    for root in allowed:
+        if not Path(root).is_dir():
+            raise SpecError(f"{root}: expected a directory to load models from, got none")
+    engine = engine or Engine()
+
+    class Route(_Route):
+        pass
+
+    Route.body_bytes, Route.token = max_body_bytes, token
+    security = HTTPBearer(auto_error=False, description="needed if the server was given a token")
+    responses: dict[int | str, dict[str, Any]] = {
+        code: {"model": Answer, "description": text}
+        for code, text in {
+            400: "refused, nothing was changed; or failed, as the message says",
+            401: "no token, or a wrong one",
+            413: "too large",
+            503: "no hub answers",
+        }.items()
+    }
+    routes = APIRouter(route_class=Route, dependencies=[Depends(security)], responses=responses)
+
+    def run(
+        task: m.Task, frames: list[m.Frame] | None = None, payloads: list[bytes] | None = None
+    ) -> m.TaskEnd:
+        with Asking(address) as asking:
+            return asking.run(task, wait_s=wait_s, run_s=run_s, frames=frames, payloads=payloads)
+
+    def loaded(end: m.TaskEnd, what: str, flush: bool) -> JSONResponse:
+        if not end.ok:
+            head = f"{what} failed, ranks may hold a mixture" if end.moved else f"{what} was refused"
+            return _answer(False, f"{head}: " + "; ".join(map(str, end.failures[:20])))
+        if flush and engine.flush_cache is not None:
+            _call("flush_cache", engine.flush_cache)
+        label = "" if end.version is None else f", version {end.version}"
+        return _answer(True, f"{what}: {end.verdict} on {end.ranks} ranks in {end.seconds:.3f} s{label}")
+
+    @routes.post("/update_weights_from_disk", response_model=Answer)
+    def update_weights_from_disk(body: UpdateFromDisk) -> JSONResponse:
+        """Load safetensors files into the live weights, all target modules or none."""
+        if not allowed:
+            raise _Refusal("model_path: this server was given no roots to load from (--root)")
+        check_inside(Path(body.model_path), allowed)
+        task = m.LoadTask(
+            replica=replica,
+            path=os.path.abspath(body.model_path),
+            modules=body.target_modules,
+            version=_version(body.weight_version),
+            roots=allowed,
+        )
+        return loaded(run(task), f"load of {body.model_path}", body.flush_cache)
+
+    @routes.post("/update_weights_from_tensor", response_model=Answer)
+    def update_weights_from_tensor(body: UpdateFromTensor) -> JSONResponse:
+        """Write the named tensors of the request; others stay. Answered when all ranks have finished."""
+        frames, payloads = _frames(body.serialized_named_tensors)
+        task = m.LoadTask(
+            replica=replica,
+            modules=body.target_modules,
+            version=_version(body.weight_version),
+            format=body.load_format or "safetensors",
+            partial=True,
+        )
+        return loaded(run(task, frames, payloads), "load of tensors", body.flush_cache)
+
+    @routes.post("/update_weights_from_tensor_checker", response_model=Answer)
+    def update_weights_from_tensor_checker(body: CheckTensors) -> JSONResponse:
+        """Compare live tensors of a module with expected SHA-256 digests."""
+        argument = json.dumps(body.expected_named_tensors_sha256).encode()
+        task = m.ProbeTask(replica=replica, question="sha256", modules=[body.target_module], argument=argument)
+        end = run(task)
+        if not end.ok:
+            return _answer(False, "; ".join(map(str, end.failures[:20])))
+        from weightbus.sha256_check import Sha256Verdict  # here, as it imports torch
+
+        verdict = Sha256Verdict.merged(msgspec.json.decode(a, type=Sha256Verdict) for a in end.answers)
+        return _answer(verdict.ok, str(verdict))
+
+    @routes.post("/get_weights_checksum", response_model=dict[str, str])
+    def get_weights_checksum(body: GetChecksum) -> JSONResponse:
+        """SHA-256 of each module: of all ranks if they are equal, else of the ranks' digests in order."""
+        end = run(m.ProbeTask(replica=replica, question="checksum", modules=body.module_names))
+        if not end.ok:
+            return _answer(False, "; ".join(map(str, end.failures[:20])))
+        return JSONResponse(_checksums(end.answers))
+
+    @routes.post("/weights_checker", response_model=Answer)
+    def weights_checker(body: CheckWeights) -> JSONResponse:
+        """Whether live weights have changed since a moment, on every rank."""
+        question = "perturb" if body.action == "reset_tensors" else body.action
+        end = run(m.ProbeTask(replica=replica, question=question))
+        if not end.ok:
+            return _answer(False, "; ".join(map(str, end.failures[:20])))
+        found = [json.loads(answer) for answer in end.answers]
+        texts = [f"rank {rank}: {one['text']}" for rank, one in enumerate(found)]
+        return _answer(all(one["ok"] for one in found), f"{body.action}: " + "; ".join(texts))
+
+    @routes.post("/pause_generation", response_model=Answer)
+    def pause_generation(body: Pause | None = None) -> JSONResponse:
+        """Ask the engine to pause."""
+        if engine.pause is None:
+            raise _Refusal(
+                "pause_generation: no engine is behind this server; mount the routes in the engine's app"
+            )
+        _call("pause", lambda: engine.pause and engine.pause((body or Pause()).mode))
+        return _answer(True, "paused")
+
+    @routes.post("/continue_generation", response_model=Answer)
+    def continue_generation(body: Continue | None = None) -> JSONResponse:
+        """Ask the engine to go on."""
+        if engine.resume is None:
+            raise _Refusal(
+                "continue_generation: no engine is behind this server; mount the routes in the engine's app"
+            )
+        _call("resume", engine.resume)
+        return _answer(True, "continued")
+
+    @routes.get("/weight_version", response_model=WeightVersion)
+    def weight_version() -> JSONResponse:
+        """The label of the live weights: the trainer's version, or a load's; null if there is none."""
+        version = info().version
+        return JSONResponse({"weight_version": None if version is None else str(version)})
+
+    @routes.get("/health", response_model=Answer)
+    def health() -> JSONResponse:
+        """200 if all ranks of the replica are here and their weights are no mixture, else 503."""
+        found = info()
+        ok = found.joined == found.size and found.state != "torn"
+        text = f"replica {found.replica}: {found.joined} of {found.size} ranks, {found.state}"
+        return _answer(ok, text, 200 if ok else 503)
+
+    def info() -> m.ReplicaInfo:
+        with Asking(address) as asking:
+            known = asking.replicas().replicas
+        found = [one for one in known if replica is None or one.replica == replica]
+        if len(found) != 1:
+            text = (
+                f"replica: expected {'one' if replica is None else replica}, got {[r.replica for r in known]}"
+            )
+            raise _Refusal(text, 503)
+        return found[0]
+
+    def cured() -> JSONResponse:
+        """Always 400, with the cure."""
+        return _answer(
+            False,
+            "weights over a process group come from a weightbus Publisher, which needs no such call: "
+            "weightbus.Publisher(model).update(version)",
+        )
+
+    for path in ("/init_weights_update_group", "/update_weights_from_distributed"):
+        routes.add_api_route(path, cured, methods=["POST"], response_model=Answer, name=path[1:])
+    return routes
+
+
+def create_app(address: str, **options: Any) -> FastAPI:
+    """An app with nothing but the routes, and an OpenAPI page at ``/docs``. options: as of ``router``."""
+    app = FastAPI(title="weightbus", version=__version__, summary="Weights of running inference servers")
+    app.include_router(router(address, **options))
+    return app
+
+
+def _frames(payloads: Sequence[Payload]) -> tuple[list[m.Frame], list[bytes]]:
+    """Raw frames for a request's payloads. Raises _Refusal for what is no base64, or a pickle."""
+    frames, found = [], []
+    for place, payload in enumerate(payloads):
+        named = [(None, payload)] if isinstance(payload, str) else list(payload.items())
+        if not named:
+            raise _Refusal(f"serialized_named_tensors.{place}: expected a payload for a module, got none")
+        for module, text in named:
+            where = f"serialized_named_tensors.{place}" + (f".{module}" if module else "")
+            try:
+                data = base64.b64decode(text.encode("ascii"), validate=True)
+            except (binascii.Error, UnicodeEncodeError) as error:
+                raise _Refusal(f"{where}: expected base64 of safetensors bytes, got {error}") from error
+            refuse_pickle(where, data)
+            if len(data) > m.MAX_MESSAGE_BYTES:
+                raise _Refusal(f"{where}: expected at most {m.MAX_MESSAGE_BYTES} bytes, got {len(data)}")
+            frames.append(m.Frame(place=place, module=module, nbytes=len(data)))
+            found.append(data)
+    return frames, found
+
+
+def _version(given: int | str | None) -> int | None:
+    return None if given is None else int(given)
+
+
+def _checksums(answers: Sequence[bytes]) -> dict[str, str]:
+    """Of each module the ranks' common digest, or the digest of theirs, a line each, in order."""
+    of_ranks: list[dict[str, str]] = [json.loads(answer) for answer in answers]
+    found = {}
+    for module in of_ranks[0]:
+        digests = [digests[module] for digests in of_ranks]
+        joined = "\n".join(digests).encode()
+        found[module] = digests[0] if len(set(digests)) == 1 else hashlib.sha256(joined).hexdigest()
+    return found
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="weightbus http", description=__doc__)
+    parser.add_argument("--hub", default="tcp://127.0.0.1:5757", metavar="ADDRESS", help="of the hub")
+    parser.add_argument("--host", default="127.0.0.1", help="to listen on; others than loopback need a token")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument("--replica", type=int, help="whose ranks to serve; by default the only one")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        help="where models may be loaded from; may be repeated",
+    )
+    parser.add_argument("--max-body", type=int, default=DEFAULT_BODY_BYTES, metavar="BYTES")
+    parser.add_argument(
+        "--run-timeout", type=float, default=600.0, metavar="SECONDS", help="of each step of a load"
+    )
+    options = parser.parse_args(arguments)
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if not _loopback(options.host) and token is None:
+        print(
+            f"weightbus http: {options.host}: expected a loopback address, or a token in {TOKEN_VARIABLE}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        app = create_app(
+            options.hub,
+            replica=options.replica,
+            token=token,
+            roots=options.root,
+            max_body_bytes=options.max_body,
+            run_s=options.run_timeout,
+        )
+    except SpecError as error:
+        print(f"weightbus http: {error}", file=sys.stderr)
+        return 2
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    return 0

@@ -1,0 +1,258 @@
+"""One server rank's part in a load: what it reads of a directory or payload, proved before the first write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+
+from weightbus import messages as m
+from weightbus.box import Box
+from weightbus.bucket import torch_dtype
+from weightbus.digest import STABLE_SEED, Digest, Digester, P, combine
+from weightbus.digest_list import NAME as DIGEST_LIST
+from weightbus.digest_list import PartSums, Saved, digests_of, load_saved
+from weightbus.disk import Stored, check_inside, stored_modules
+from weightbus.ends import Destination
+from weightbus.errors import CoverageError, DigestError, SpecError
+from weightbus.part import Part
+from weightbus.payload import stored_payloads
+from weightbus.reading import Read, Reader, Sources, pieces_of
+
+
+class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
+    """What a rank tells the others before it is ready. untaken: tensors that it has no use for."""
+
+    untaken: list[str]
+    digested: list[PartSums]
+
+
+class Load:
+    """The steps of a load on this rank: ``prepare``, ``check``, ``write``; then ``close``."""
+
+    def __init__(
+        self,
+        offer: m.TaskOffer,
+        task: m.LoadTask,
+        destination: Destination,
+        *,
+        look: Callable[[], None],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.offer, self.task, self._destination = offer, task, destination
+        self._look, self._progress = look, progress
+        self.modules: list[str] | None = task.modules
+        self.version = task.version
+        self.arrived: dict[str, str] = {}
+        self.wrote = False
+        self.nbytes = 0
+        self._done = self._total = 0
+        self._lists: dict[str, Saved] = {}
+        self._sources: Sources | None = None
+        self._sums: dict[int, tuple[int, int]] = {}
+        self._manifest: Mapping[str, Stored] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether it writes all of this rank's tensors."""
+        known = self._destination.layout.modules
+        return not self.task.partial and (self.task.modules is None or set(self.task.modules) == set(known))
+
+    @property
+    def what(self) -> str:
+        """In words, for errors."""
+        return self.task.path or "tensors in a request"
+
+    def prepare(self) -> bytes:
+        """Open and validate everything, and digest it where there is a list to compare with.
+
+        Raises SpecError, naming file and tensor; nothing has been written.
+        """
+        destination, task = self._destination, self.task
+        if destination.state == "torn" and not self.complete:
+            raise SpecError(
+                f"{self.what}: expected a load of everything, as this rank is torn, got one of a part"
+            )
+        memory: dict[Path, memoryview] = {}
+        if task.path:
+            manifest = self._open(Path(task.path))
+        else:
+            manifest, memory, self.modules = stored_payloads(
+                self.offer.frames, self.offer.payloads, task, destination.layout.modules
+            )
+        if not manifest:
+            raise SpecError(f"{self.what}: expected at least one tensor, got none")
+        self._manifest = manifest
+        specs = {name: tensor.spec for name, tensor in manifest.items()}
+        self._target = target = destination.target(specs, self.modules, partial=task.partial)
+        opaque = target.arrived()
+        self._reads = [
+            Read(stored=manifest[wire], box=box, view=view)
+            for wire in target.specs
+            if wire not in opaque
+            for box, view in target.live(wire)
+        ]
+        # Their views are made when it is their turn: each is the whole tensor.
+        self._opaque = {wire: len(self._reads) + i for i, wire in enumerate(opaque)}
+        self._reads += [
+            Read(stored=manifest[wire], box=Box.whole(manifest[wire].spec.shape), view=None) for wire in opaque
+        ]
+        self.arrived = dict(opaque)
+        self._pieces = pieces_of(self._reads)
+        self.nbytes = sum(piece.nbytes for piece in self._pieces)
+        self._sources = Sources([read.stored for read in self._reads], memory)
+        listed = tuple(self._lists) if task.verify else ()
+        digested = [piece for piece in self._pieces if piece.stored.spec.name.startswith(listed)]
+        self._total = self.nbytes + (self.nbytes if task.atomic else sum(piece.nbytes for piece in digested))
+        devices = {read.view.device for read in self._reads if read.view is not None}
+        cuda = next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
+        self._reader = Reader(self._sources, cuda, self._look)
+        if digested:
+            self._sums = self._reader.digest(digested, self._moved, keep=task.atomic)
+        if task.atomic and task.path:
+            self._reader.keep([piece for piece in self._pieces if piece.kept is None], self._moved)
+            self._sources.check_unchanged()
+        return msgspec.msgpack.encode(
+            _Prepared(
+                untaken=[name for name in manifest if name not in target.specs], digested=self._digested()
+            )
+        )
+
+    def _open(self, path: Path) -> dict[str, Stored]:
+        modules = self._destination.layout.modules
+        if modules:
+            self.modules = list(self._destination.layout.select(self.task.modules).modules)
+        elif self.task.modules is not None:
+            self._destination.layout.select(self.task.modules)  # raises
+        check_inside(path, self.task.roots)
+        folders = {f"{name}.": path / name for name in self.modules or ()} or {"": path}
+        found = stored_modules(path, self.modules)
+        for file in {tensor.path for tensor in found.values()}:
+            check_inside(file, self.task.roots)
+        for prefix, folder in folders.items():
+            if (folder / DIGEST_LIST).exists():
+                check_inside(folder / DIGEST_LIST, self.task.roots)
+                self._lists[prefix] = load_saved(folder / DIGEST_LIST)
+                self._fits(prefix, folder / DIGEST_LIST, found)
+        versions = {saved.version for saved in self._lists.values()}
+        if self.version is None and len(self._lists) == len(folders) and len(versions) == 1:
+            (self.version,) = versions
+        return found
+
+    def _fits(self, prefix: str, path: Path, found: Mapping[str, Stored]) -> None:
+        listed = self._lists[prefix].tensors
+        held = {name.removeprefix(prefix): t.spec for name, t in found.items() if name.startswith(prefix)}
+        for name in sorted(listed.keys() | held.keys(), key=str.encode):
+            entry = (listed[name].dtype, listed[name].shape) if name in listed else "no entry"
+            spec = (held[name].dtype, held[name].shape) if name in held else "no tensor"
+            if entry != spec:
+                raise SpecError(f"{path}: {name}: expected the list to fit its files, got {entry} but {spec}")
+
+    def _digested(self) -> list[PartSums]:
+        by_name: dict[str, list[int]] = {}
+        for number in self._sums:
+            by_name.setdefault(self._reads[number].stored.spec.name, []).append(number)
+        found = []
+        for name, numbers in by_name.items():
+            boxes = [(self._reads[n].box.offsets, self._reads[n].box.sizes) for n in numbers]
+            a, b = (sum(self._sums[n][lane] for n in numbers) % P for lane in (0, 1))
+            found.append(PartSums(name=name, boxes=boxes, sums=(a, b)))
+        return found
+
+    # -- what the ranks say together ---------------------------------------------------------------
+
+    def check(self, gathered: m.Gathered) -> None:
+        """Raise unless all ranks together take every tensor, and read what the lists say."""
+        prepared = {}
+        for place, blob in gathered.holder.items():
+            prepared[place] = msgspec.msgpack.decode(gathered.blobs[blob], type=_Prepared)
+        untaken = set.intersection(*(set(one.untaken) for one in prepared.values()))
+        if untaken:
+            name = min(untaken, key=str.encode)
+            raise SpecError(
+                f"{name}: unknown name: expected one of {len(prepared)} server ranks to take it, "
+                f"got none; {self.what}"
+            )
+        rows = [row for one in prepared.values() for row in one.digested]
+        specs = {name: tensor.spec for name, tensor in self._manifest.items()}
+        for name, parts in digests_of(rows, specs).items():
+            self._compare(name, parts)
+
+    def _compare(self, name: str, parts: list[Digest]) -> None:
+        prefix = next(prefix for prefix in self._lists if name.startswith(prefix))
+        listed = self._lists[prefix].tensors[name.removeprefix(prefix)].digest
+        whole = [part for part in parts if part.boxes == (Box.whole(part.shape),)]
+        try:
+            got = str(combine(whole or parts))
+        except CoverageError:
+            self.arrived[name] = "what the ranks read of it does not add up to the whole tensor"
+            return
+        except DigestError as error:
+            raise DigestError(f"{name}: {error}; {self.what}") from error
+        if got != listed:
+            raise DigestError(f"{name}: expected {listed} as listed, got {got}; {self._manifest[name].path}")
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Put everything into place. Whatever is raised from here on leaves this rank torn."""
+        assert self._sources is not None, "prepared first"
+        self.wrote = True
+        placed = {number: read.view for number, read in enumerate(self._reads) if read.view is not None}
+        self._reader.write([piece for piece in self._pieces if piece.number in placed], placed, self._moved)
+        for wire, number in self._opaque.items():
+            hook = self._target.hooks[wire]
+            dtype = torch_dtype(self._target.specs[wire].dtype)
+            shape = self._target.specs[wire].shape
+            device = next(tensor.device for tensor in hook.parameters.values())
+            whole = torch.empty(shape, dtype=dtype, device=device)
+            own = [piece for piece in self._pieces if piece.number == number]
+            self._reader.write(own, {number: whole}, self._moved)
+            hook.run(whole)
+        for _, _, region, fill in self._target.fills():
+            region.fill_(fill.value)
+        if not self.task.atomic:
+            self._sources.check_unchanged()
+        if self._sums:
+            self._prove()
+
+    def _prove(self) -> None:
+        """Digest what is live now, where it has the stored dtype, and compare with what was checked."""
+        by_device: dict[torch.device, list[tuple[int, Part]]] = {}
+        for number in self._sums:
+            read = self._reads[number]
+            if read.view is None:
+                continue
+            if read.view.dtype != torch_dtype(read.stored.spec.dtype):
+                self.arrived[read.stored.spec.name] = f"cast from {read.stored.spec.dtype} in the file"
+                continue
+            part = Part(spec=read.stored.spec, box=read.box, tensor=read.view)
+            by_device.setdefault(read.view.device, []).append((number, part))
+        for rows in by_device.values():
+            sums = Digester([part for _, part in rows]).sums(STABLE_SEED).tolist()
+            for (number, part), (a, b) in zip(rows, sums, strict=True):
+                if (a, b) != self._sums[number]:
+                    raise DigestError(
+                        f"{part.spec.name}: expected {part.box} live as it was read, got other bytes"
+                    )
+
+    def finish(self, gathered: m.Gathered) -> None:
+        raise AssertionError("a load ends when it is written")
+
+    @property
+    def word(self) -> Literal["verified", "arrived", "unverified"]:
+        """How far it is proved."""
+        if not self._lists or not self.task.verify or len(self._lists) < len(self.modules or [""]):
+            return "unverified"
+        return "arrived" if self.arrived else "verified"
+
+    def close(self) -> None:
+        if self._sources is not None:
+            self._sources.close()
+
+    def _moved(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(self._done, self._total)

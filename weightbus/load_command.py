@@ -1,0 +1,47 @@
+"""``weightbus update-from-disk``: have a replica's ranks load a checkpoint, and say how it ended."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from weightbus import messages as m
+from weightbus.asking import Asking
+from weightbus.errors import WeightbusError
+
+
+def main(arguments: list[str]) -> int:
+    """0: loaded on all ranks. 1: refused or failed, as the text says. 2: no hub answers."""
+    parser = argparse.ArgumentParser(prog="weightbus update-from-disk", description=__doc__)
+    parser.add_argument("path", type=Path, help="that every rank of the replica can read")
+    parser.add_argument("--hub", default="tcp://127.0.0.1:5757", metavar="ADDRESS", help="of the hub")
+    parser.add_argument("--replica", type=int, help="whose ranks; by default the only complete one's")
+    parser.add_argument("--module", action="append", metavar="NAME", help="by default all; may be repeated")
+    parser.add_argument("--version", type=int, help="label; by default what the directory records")
+    parser.add_argument("--atomic", action="store_true", help="read everything before the first write")
+    parser.add_argument("--no-verify", action="store_true", help="leave the directory's digest list alone")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of each step")
+    options = parser.parse_args(arguments)
+    task = m.LoadTask(
+        replica=options.replica,
+        path=os.path.abspath(options.path),
+        modules=options.module,
+        version=options.version,
+        atomic=options.atomic,
+        verify=not options.no_verify,
+    )
+    try:
+        with Asking(options.hub) as asking:
+            end = asking.run(task, wait_s=options.timeout, run_s=options.timeout)
+    except WeightbusError as error:
+        print(f"weightbus update-from-disk: {error}", file=sys.stderr)
+        return 2
+    if not end.ok:
+        head = "failed, ranks may hold a mixture" if end.moved else "refused, nothing was written"
+        print("\n  ".join([f"{task.path}: {head}", *map(str, end.failures)]), file=sys.stderr)
+        return 1
+    label = "" if end.version is None else f" version {end.version}"
+    print(f"{end.verdict} load{label} of {task.path} on {end.ranks} ranks in {end.seconds:.3f} s")
+    return 0

@@ -1,0 +1,199 @@
+"""One rank's part in one task: its answer to each of the hub's messages (``tasks`` has the table)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from weightbus import messages as m
+from weightbus.errors import HubError, SpecError, TornError, UpdateError
+from weightbus.load import Load
+from weightbus.probe import Probe
+from weightbus.turn import LOOK_S, SLACK_S, Ended, explain
+
+if TYPE_CHECKING:
+    from weightbus.session import Session
+
+
+class Work(Protocol):
+    """A rank's own work in a task, step by step."""
+
+    def prepare(self) -> bytes: ...
+    def check(self, gathered: m.Gathered) -> None: ...
+    def write(self) -> bytes | None: ...
+    def finish(self, gathered: m.Gathered) -> None: ...
+    def close(self) -> None: ...
+
+
+MakeSave = Callable[[m.TaskOffer, m.SaveTask, int, Callable[[], None]], Work]
+
+
+class TaskTurn:
+    """State of this rank from a task's offer to its outcome."""
+
+    def __init__(
+        self,
+        session: Session,
+        offer: m.TaskOffer,
+        *,
+        report: Callable[[int, int], None] | None = None,
+        expected: m.Task | None = None,
+        save: MakeSave | None = None,
+    ) -> None:
+        """expected: what this rank has called for; another task than that is refused. save: makes the work of
+        a save, on a rank that has called for one."""
+        self.session, self.offer, self._report = session, offer, report
+        self._expected, self._save = expected, save
+        self._began = False
+        self._farewell: m.Farewell | None = None
+        self.work: Work | None = None
+
+    def follow(self) -> m.Outcome:
+        """From the offer to the outcome. Raises HubError if the hub is lost."""
+        try:
+            outcome = self._follow()
+        except Ended as ended:
+            outcome = ended.outcome
+        finally:
+            if self.work is not None:
+                self.work.close()
+        self._ended(outcome)
+        if self._farewell is not None:
+            self.session.link.push_back(self._farewell)
+        return outcome
+
+    def _follow(self) -> m.Outcome:
+        link, offer = self.session.link, self.offer
+        self._try(self._prepare)
+        limit_s = offer.run_s + SLACK_S
+        while True:
+            message = link.receive(limit_s)
+            match message:
+                case None:
+                    raise HubError(f"no word from {link.address} for {limit_s:.0f} s in a task")
+                case m.Gathered(update=offer.update, of="prepare"):
+                    self._try(lambda gathered=message: self._check(gathered))  # type: ignore[misc]
+                case m.Go(update=offer.update):
+                    self._write()
+                case m.Gathered(update=offer.update, of="write"):
+                    self._finish(message)
+                case m.Outcome(update=offer.update):
+                    return message
+                case m.Farewell():
+                    self._farewell = message  # a task needs no trainer
+                case _:
+                    pass  # of a round that has ended
+        raise AssertionError
+
+    def _try(self, step: Callable[[], m.Message]) -> None:
+        """Answer with what ``step`` says, or refuse with what it raises."""
+        try:
+            answer = step()
+        except Ended:
+            raise
+        except Exception as error:
+            answer = m.Refuse(peer=self.session.link.peer, update=self.offer.update, reason=explain(error))
+        self.session.link.send(answer)
+
+    def _prepare(self) -> m.Facts:
+        self.work = self._make()
+        return m.Facts(peer=self.session.link.peer, update=self.offer.update, blob=self.work.prepare())
+
+    def _make(self) -> Work:
+        task, destination, peer = self.offer.task, self.session.destination, self.session.link.peer
+        place = next(i for i, member in enumerate(self.offer.members) if member.peer == peer)
+        if self._expected is not None and task != self._expected:
+            raise UpdateError(f"task: expected {self._expected} as called on this rank, got {task}")
+        if isinstance(task, m.SaveTask):
+            if self._save is None:
+                raise UpdateError(f"{task.path}: expected this rank to call save() too, but it has not")
+            return self._save(self.offer, task, place, self._look())
+        if destination is None:
+            raise SpecError("task: expected a server rank, got a trainer rank")
+        if destination.refresh():
+            self.session.forget_plans()
+        if isinstance(task, m.LoadTask):
+            report = self._report or (lambda done, total: None)
+            return Load(self.offer, task, destination, look=self._look(), progress=report)
+        return Probe(task, place, len(self.offer.members), destination, destination.cpu_group)
+
+    def _check(self, gathered: m.Gathered) -> m.Ready:
+        assert self.work is not None, "the hub gathers what was prepared"
+        self.work.check(gathered)
+        if isinstance(self.work, Load) and self.session.destination:
+            self._began = True
+            self.session.destination.before(self.work.version)
+        return m.Ready(peer=self.session.link.peer, update=self.offer.update)
+
+    def _write(self) -> None:
+        assert self.work is not None, "the hub says go to those who are ready"
+        try:
+            blob = self.work.write()
+        except Ended:
+            raise
+        except Exception as error:
+            self._done(explain(error))
+            return
+        if blob is None:
+            self._done()
+        else:
+            self.session.link.send(m.Facts(peer=self.session.link.peer, update=self.offer.update, blob=blob))
+
+    def _finish(self, gathered: m.Gathered) -> None:
+        assert self.work is not None, "it has written"
+        try:
+            self.work.finish(gathered)
+        except Ended:
+            raise
+        except Exception as error:
+            self._done(explain(error))
+            return
+        self._done()
+
+    def _done(self, error: str = "") -> None:
+        done = m.Done(peer=self.session.link.peer, update=self.offer.update, error=error)
+        if isinstance(self.work, Load):
+            done.arrived, done.version, done.verdict = self.work.arrived, self.work.version, self.work.word
+        self.session.link.send(done)
+
+    def _ended(self, outcome: m.Outcome) -> None:
+        destination, work = self.session.destination, self.work
+        if not isinstance(self.offer.task, m.LoadTask) or destination is None:
+            return
+        if self._began and isinstance(work, Load):
+            destination.after_load(
+                outcome, work.version, work.modules, work.wrote, what=work.what, complete=work.complete
+            )
+        else:
+            what = self.offer.task.path or "tensors in a request"
+            destination.error = UpdateError(f"load of {what} refused: " + "; ".join(map(str, outcome.failures)))
+
+    def _look(self) -> Callable[[], None]:
+        """A function to call while working: raises once the hub has ended the task."""
+        next_look = 0.0
+        link = self.session.link
+
+        def look() -> None:
+            nonlocal next_look
+            now = time.monotonic()
+            if now < next_look:
+                return
+            next_look = now + LOOK_S
+            message = link.receive(0)
+            if isinstance(message, m.Outcome):
+                raise Ended(message)
+            if message is not None:
+                link.push_back(message)
+
+        return look
+
+
+def raise_for(outcome: m.Outcome | m.TaskEnd, what: str) -> None:
+    """Raise TornError or UpdateError, with all reasons, unless the task has succeeded."""
+    if outcome.ok:
+        return
+    reasons = "\n  ".join(["", *map(str, outcome.failures)])
+    if outcome.moved:
+        raise TornError(f"{what} has failed, server ranks may hold a mixture:{reasons}")
+    raise UpdateError(f"{what} was refused, nothing was written:{reasons}")
