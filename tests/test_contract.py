@@ -198,3 +198,34 @@ def test_processes_with_both_ends(address, device, route):
         Job(run=both_ends, size=2, arguments={"device": device, "address": address, "route": route})
     )
     check_results(results, [])
+
+
+def odd(dtype):
+    return [("a", torch.zeros(300, 40, dtype=dtype)), ("b", torch.zeros(7, dtype=dtype))]
+
+
+def odd_trainer(rank, size, *, address):
+    source = odd(torch.float32)
+    for i, (_, tensor) in enumerate(source):
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + i)
+    with weightbus.Publisher(source, address=address, rank=rank, size=size) as publisher:
+        return publisher.update(1).word
+
+
+def odd_server(rank, size, *, address):
+    target = odd(torch.bfloat16)
+    with weightbus.Subscriber(target, address=address, rank=rank, replica_size=size) as subscriber:
+        subscriber.serve()
+    return target
+
+
+def test_a_small_tensor_alone_in_its_bucket(address):
+    """Cast on the way, so packed by its sender; received in place."""
+    words, targets = run_jobs(
+        Job(run=odd_trainer, size=2, arguments={"address": address}),
+        Job(run=odd_server, size=1, arguments={"address": address}),
+    )
+    assert words == ["verified"] * 2
+    for i, (_, tensor) in enumerate(targets[0]):
+        expected = (torch.arange(tensor.numel()).view(tensor.shape) + i).to(torch.bfloat16)
+        assert torch.equal(tensor, expected)

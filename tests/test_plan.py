@@ -76,7 +76,7 @@ def test_every_element_travels_exactly_once(job):
             held = sources[transfer.src][spec.name].boxes
             assert any(box.intersect(slot.box) == slot.box for box in held), "sent by a rank that has it"
             sent[slot.tensor][slot.box.within(Box.whole(spec.shape))] += 1
-        assert end <= transfer.nbytes
+        assert end == transfer.nbytes  # as long as what lies in place on another rank
     for spec, times in zip(plan.specs, sent, strict=True):
         assert (times == 1).all(), spec
     assert [spec.name for spec in plan.specs] == sorted(sources[0])

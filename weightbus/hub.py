@@ -38,6 +38,7 @@ MAX_STORE_KEYS = 100_000
 # In a round, the hub and its ranks look for the next message so long before they wait for it: being woken
 # up costs more than all else that they do. Only where there are cores to spare.
 SPIN_S = 0.001 if (os.cpu_count() or 1) >= 8 else 0.0
+HUB_SPIN_S = 100 * SPIN_S
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -118,7 +119,7 @@ class Hub:
 
     def _arrives(self, timeout_s: float) -> bool:
         """Whether a message is there, or comes in time."""
-        until = time.monotonic() + (SPIN_S if self.coordinator.round is not None else 0.0)
+        until = time.monotonic() + (HUB_SPIN_S if self.coordinator.round is not None else 0.0)
         while not self._socket.poll(0):
             if time.monotonic() >= until:
                 return bool(self._socket.poll(round(timeout_s * 1000)))

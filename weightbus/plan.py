@@ -97,6 +97,7 @@ class _Waves:
         self._solo: list[Transfer] = []
         self._slots: dict[int, list[Slot]] = {}
         self._fill: dict[int, int] = {}
+        self._ends: dict[int, int] = {}  # without the last slot's padding: a receiver may use its own storage
         self._nbytes = self._staged_bytes = 0
 
     def add(self, src: int, tensor: int, box: Box, nbytes: int, *, direct: bool, solo: bool) -> None:
@@ -113,6 +114,7 @@ class _Waves:
             offset = self._fill.get(src, 0)
             self._slots.setdefault(src, []).append(Slot(tensor, box, offset))
             self._fill[src] = offset + room
+            self._ends[src] = offset + nbytes
 
     def _limit(self, buckets: int) -> float:
         """Of the current wave, with a whole one of so many buckets."""
@@ -122,7 +124,7 @@ class _Waves:
 
     def close(self) -> None:
         self._left_bytes -= self._nbytes
-        small = [Transfer(src, self._fill[src], tuple(slots)) for src, slots in self._slots.items()]
+        small = [Transfer(src, self._ends[src], tuple(slots)) for src, slots in self._slots.items()]
         if self._solo or small:
             self.closed.append((*self._solo, *small))
         self._start()
