@@ -42,6 +42,11 @@ class _End:
         for key in self._keys(modules):
             self._records[key] = record
 
+    def label(self, version: int) -> None:
+        """What was committed counts as ``version`` from now on."""
+        relabelled = {id(record): replace(record, version=version) for record in self._records.values()}
+        self._records = {key: relabelled[id(record)] for key, record in self._records.items()}
+
     def forget(self, modules: Sequence[str] | None) -> None:
         for key in self._keys(modules):
             self._records.pop(key, None)
@@ -134,6 +139,10 @@ class Destination(_End):
         moved = replace(record, ledger=ledger, sums=ledger.sums.copy(), target=target)
         self.commit(moved, job.modules)
         return moved
+
+    def label(self, version: int) -> None:
+        super().label(version)
+        self.state, self.version = "ready", version
 
     def before(self, version: int) -> None:
         """An update is about to start: the engine stops using the weights."""

@@ -28,7 +28,7 @@ class Group:
         self._backend: Any = None
         if size == 1:
             return
-        self._store = HubStore(link.context, link.address, epoch, timeout_s)
+        self._store = HubStore(link, epoch, timeout_s)
         try:
             if device.type == "cuda":
                 self._backend = torch_group.nccl_backend(self._store, rank, size, timeout_s, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -11,7 +12,9 @@ from weightbus import messages as m
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.hub import DEAD_AFTER_S
+from weightbus.keys import Keys, load_keys
 from weightbus.layout import Source, rank_and_size
+from weightbus.link import REJOIN_S
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Verdict
 from weightbus.session import Session
@@ -36,7 +39,10 @@ class Publisher:
     bucket_bytes, num_buckets: staging memory of each rank, in bytes, and the longest transfer.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
-    dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
+    reconnect_timeout_s: to find a lost hub again, or another in its place, before a call fails; rank 0 starts
+        one where none listens. dead_after_s: such a hub drops a rank whose heartbeats stop for so long.
+    keys: a directory of CURVE keys (``weightbus keygen``), else of the environment; needed for an address
+        that is not this host's alone, unless ``insecure=True`` (docs/security.md).
     progress: called with (done, total) bytes; by default a bar on rank 0's terminal.
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
@@ -55,7 +61,10 @@ class Publisher:
         join_timeout_s: float = 300.0,
         ready_timeout_s: float = 120.0,
         transfer_timeout_s: float = 300.0,
+        reconnect_timeout_s: float = REJOIN_S,
         dead_after_s: float = DEAD_AFTER_S,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        insecure: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if min_replicas < 1:
@@ -71,7 +80,11 @@ class Publisher:
         self._progress = progress
         self.version: int | None = None
         self._closed = False
-        self._session = Session.open(address, self._origin.layout.device, num_buckets)
+        self._task = ""
+        keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
+        self._session = Session.open(
+            address, self._origin.layout.device, num_buckets, keys, reconnect_timeout_s
+        )
         try:
             self._session.link.join(
                 role="trainer",
@@ -127,7 +140,40 @@ class Publisher:
         )
         if self.rank == 0:
             log.info("%s", report)
+        for task in outcome.tasks:
+            self._run(task)
         return report
+
+    def poll(self) -> bool:
+        """Run what a client has asked for (``weightbus update``, ``check``, ``set-version``); whether one did.
+
+        Collective over trainer ranks, where the source is one that may be published. Does not wait for
+        other ranks if nothing was asked for. What becomes of it, errors included, is the client's answer.
+        Raises HubError if the hub is lost.
+        """
+        task = self._session.poll()
+        if task is not None:
+            self._run(task)
+        return task is not None
+
+    def _run(self, task: m.Task) -> None:
+        """One request. An update or check that fails is the client's matter; the next update mends it."""
+        self._task = task.task
+        try:
+            if task.kind == "update":
+                self.update(task.version or 1, verify=task.verify, modules=task.modules)
+            elif task.kind == "check":
+                self._session.call(self._enter("check", self.version or 0, None, True), Progress())
+            else:
+                version = task.version or 0
+                enter = self._enter("label", version, None, False)
+                if self._session.call(enter, Progress()).ok:
+                    self.version = version
+                    self._origin.label(version)
+        except UpdateError as error:
+            log.warning("asked for: %s", error)
+        finally:
+            self._task = ""
 
     def check(self) -> Verdict:
         """Digest every live shard of the servers, and compare with the committed versions' sums.
@@ -164,6 +210,9 @@ class Publisher:
         except WeightbusError as error:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
             refusal = str(error)
+        jobs = self._origin.jobs() if kind == "check" else []
+        if kind == "check" and not jobs:
+            refusal = "check: expected a version committed by update(verify=True), got none"
         join_s, ready_s, transfer_s = self._timeouts
         return m.Enter(
             peer=self._session.link.peer,
@@ -177,8 +226,9 @@ class Publisher:
             join_s=join_s,
             ready_s=ready_s,
             transfer_s=transfer_s,
-            jobs=self._origin.jobs() if kind == "check" else [],
+            jobs=jobs,
             refusal=refusal,
+            task=self._task,
         )
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ from weightbus import messages as m
 from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
 from weightbus.install import NameMap
+from weightbus.keys import Keys, load_keys
 from weightbus.layout import Source, rank_and_size
+from weightbus.link import REJOIN_S
 from weightbus.publisher import DEFAULT_ADDRESS, DEFAULT_NUM_BUCKETS
 from weightbus.session import Session
 from weightbus.turn import Progress
@@ -38,6 +41,7 @@ class Subscriber:
     agree: for engines whose steps are collective: takes this rank's "an update is waiting" and returns
         the same answer on all ranks of the replica, such as an all-reduce with MAX; so that all enter an
         update between the same two steps. Called once in each ``poll``.
+    reconnect_timeout_s, keys, insecure: as the publisher's.
     Raises HubError if no hub answers in ``connect_timeout_s`` or it refuses this rank.
     """
 
@@ -58,6 +62,9 @@ class Subscriber:
         agree: Callable[[bool], bool] | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
         connect_timeout_s: float = 300.0,
+        reconnect_timeout_s: float = REJOIN_S,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        insecure: bool = False,
     ) -> None:
         self._destination = Destination(
             target,
@@ -74,7 +81,8 @@ class Subscriber:
         self._stop = threading.Event()
         self._closed = self._left = False
         layout = self._destination.layout
-        self._session = Session.open(address, layout.device, num_buckets)
+        keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
+        self._session = Session.open(address, layout.device, num_buckets, keys, reconnect_timeout_s)
         try:
             self._session.link.join(
                 role="server",
@@ -109,16 +117,16 @@ class Subscriber:
 
         Called by every rank of the replica between engine steps. Blocks for the update, else for at
         most ``timeout_s``. What became of it: ``state``, ``version``, ``error`` and the callbacks.
-        Raises HubError if the hub is lost.
+        Raises HubError once the hub has been lost for ``reconnect_timeout_s``.
         """
         if self._session.origin is not None:
             # This process is a trainer rank too: its publisher's calls carry the server's part.
             return False
-        message = self._session.link.receive(timeout_s)
+        message = self._session.receive(timeout_s)
         if self._agree is not None:
             waiting = self._agree(isinstance(message, m.Offer))
             if waiting and message is None:
-                message = self._session.link.receive(30.0)
+                message = self._session.receive(30.0)
         match message:
             case m.Offer():
                 self._session.follow(message, Progress())

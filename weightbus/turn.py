@@ -78,7 +78,11 @@ class Turn:
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
-        self._begun = time.monotonic()
+        # The update's seed, once bytes may move; whether this rank has done its part of it.
+        self.seed: bytes | None = None
+        self.finished = False
+        self._starts: dict[str, float] = {}
+        self._offered = self._begun = time.monotonic()
 
     @property
     def _offer(self) -> m.Offer:
@@ -97,6 +101,7 @@ class Turn:
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
+        self._starts.setdefault(stage, max(0.0, self._begun - self._offered))
         self.progress.stages[stage] = self.progress.stages.get(stage, 0.0) + now - self._begun
         self._begun = now
 
@@ -120,11 +125,15 @@ class Turn:
     def offered(self, offer: m.Offer) -> None:
         """A second offer in one turn says that the plan has to be made anew."""
         session = self.session
-        session.enter_epoch(offer.epoch)
+        offer = session.enter_epoch(offer)
         first, self.offer = self.offer is None, offer
         self.limit_s = offer.ready_s + offer.transfer_s + SLACK_S
+        if first:
+            self._offered = time.monotonic()
         if offer.kind == "check":
             return self._check(offer)
+        if offer.kind == "label":
+            return self._label()
         if first and self._me.server and session.destination:
             try:
                 if session.destination.refresh():
@@ -205,6 +214,7 @@ class Turn:
         """Run the plan and answer; the outcome, if the hub has ended the update meanwhile."""
         self._lap("ready")
         planned = self.session.plan(self._offer.plan)
+        self.seed = go.seed
         error = ""
         try:
             assert planned is not None, "ready was answered with this plan"
@@ -306,9 +316,12 @@ class Turn:
                 arrived=arrived,
                 wrong=wrong,
                 error=error,
+                nbytes=self.progress.nbytes,
+                starts=self._starts,
                 stages=self.progress.stages,
             )
         )
+        self.finished = not error
 
     def _fold(self, job: int, record: Record, group: int) -> m.Fold:
         evidence = self._evidence[job]
@@ -335,6 +348,12 @@ class Turn:
         self._lap("verify")
         self._done(error)
 
+    def _label(self) -> None:
+        """What is live is to count as another version; not if it is a mixture."""
+        destination = self.session.destination if self._me.server else None
+        torn = destination is not None and destination.state == "torn"
+        self._done("expected weights of one version, this rank is torn" if torn else "")
+
     def detail(self, detail: m.Detail) -> None:
         """Sums of the single tensors where folds differ."""
         sent: list[m.TensorSums] = []
@@ -357,6 +376,13 @@ class Turn:
         session, offer = self.session, self.offer
         self._lap("commit")
         if offer is None or offer.kind == "check":
+            return outcome
+        if outcome.ok:
+            session.seal(self.seed, outcome, offer.version)
+        if offer.kind == "label":
+            for labelled in (session.origin, session.destination):
+                if labelled is not None and outcome.ok:
+                    labelled.label(offer.version)
             return outcome
         if not outcome.ok and outcome.moved:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
