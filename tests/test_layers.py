@@ -55,8 +55,8 @@ LAYERS = {
         "progress",
         "disk",
     ),
-    4: ("report", "ends", "turn", "session", "publisher", "subscriber"),
-    5: ("cli", "digest_files", "__main__"),
+    4: ("client", "report", "ends", "turn", "session", "publisher", "subscriber"),
+    5: ("cli", "operate", "metrics", "timeline", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 SURFACES = ("benchmarks", "examples")
@@ -67,6 +67,9 @@ TORCH_FREE = (
     "weightbus.protocol",
     "weightbus.hub",
     "weightbus.disk",
+    "weightbus.client",
+    "weightbus.timeline",
+    "weightbus.metrics",
     "weightbus.cli",
 )
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightbus.client import Client as Client
     from weightbus.digest import Digest as Digest
     from weightbus.digest import Digester as Digester
     from weightbus.digest import combine as combine
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from weightbus.errors import TornError as TornError
     from weightbus.errors import UpdateError as UpdateError
     from weightbus.errors import WeightbusError as WeightbusError
+    from weightbus.keys import Keys as Keys
     from weightbus.publisher import Publisher as Publisher
     from weightbus.subscriber import Subscriber as Subscriber
 
@@ -24,8 +26,10 @@ __version__ = "0.1.0"
 
 # Public names by module, imported on first use, as the hub must start without torch.
 _PUBLIC = {
+    "client": ["Client"],
     "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
     "errors": ["HubError", "SpecError", "TornError", "UpdateError", "WeightbusError"],
+    "keys": ["Keys"],
     "publisher": ["Publisher"],
     "subscriber": ["Subscriber"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,21 +32,27 @@ class Broadcast:
         packed: Callable[[int], None],
         arrived: Callable[[str], None],
         progress: Callable[[int], None],
+        clock: Callable[[str, float], None] = lambda stage, begun: None,
     ) -> None:
         """Send, receive and install everything; on CUDA in the order of the current stream.
 
         check: raises once the update has ended elsewhere. packed: a step's buffer, sent by this
         rank, is filled. arrived: a tensor with a hook is whole, and its hook runs next.
-        progress: told the bytes of each finished step.
+        progress: told the bytes of each finished step. clock: told when each piece of a stage began,
+        at its end.
         """
         pending: deque[tuple[Step, Any]] = deque()
 
         def finish() -> None:
             step, work = pending.popleft()
+            begun = time.monotonic()
             self.group.wait(work, check)
+            clock("send", begun)
+            begun = time.monotonic()
             step.unpack.run()
             for name in step.assembled:
                 self._install(name, arrived)
+            clock("install", begun)
             progress(step.buffer.numel())
 
         for index, step in enumerate(self.compiled.steps):
@@ -55,10 +62,14 @@ class Broadcast:
                 finish()
             check()
             if step.src == self.group.rank:
+                begun = time.monotonic()
                 step.pack.run()
+                clock("pack", begun)
                 packed(index)
             self.wrote = True
+            begun = time.monotonic()
             pending.append((step, self.group.broadcast(step.buffer, step.src)))
+            clock("send", begun)
         while pending:
             finish()
         for name in self.compiled.whole.keys() - {n for s in self.compiled.steps for n in s.assembled}:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from weightbus import messages as m
+from weightbus.client import DEFAULT_ADDRESS
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.hub import DEAD_AFTER_S
@@ -21,8 +22,6 @@ from weightbus.session import Session
 from weightbus.turn import Progress
 
 log = logging.getLogger("weightbus")
-
-DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 
 # As few transfers as keep the pipe full, as little staging as is worth a thought.
 DEFAULT_BUCKET_BYTES = 64 << 20

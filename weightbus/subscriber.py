@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from weightbus import messages as m
+from weightbus.client import DEFAULT_ADDRESS
 from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
 from weightbus.install import NameMap
 from weightbus.keys import Keys, load_keys
 from weightbus.layout import Source, rank_and_size
 from weightbus.link import REJOIN_S
-from weightbus.publisher import DEFAULT_ADDRESS, DEFAULT_NUM_BUCKETS
+from weightbus.publisher import DEFAULT_NUM_BUCKETS
 from weightbus.session import Session
 from weightbus.turn import Progress
 

@@ -82,6 +82,7 @@ class Turn:
         self.seed: bytes | None = None
         self.finished = False
         self._starts: dict[str, float] = {}
+        self._overlapping: dict[str, float] = {}
         self._offered = self._begun = time.monotonic()
 
     @property
@@ -104,6 +105,13 @@ class Turn:
         self._starts.setdefault(stage, max(0.0, self._begun - self._offered))
         self.progress.stages[stage] = self.progress.stages.get(stage, 0.0) + now - self._begun
         self._begun = now
+
+    def _clock(self, stage: str, begun: float) -> None:
+        """A piece of a stage that overlaps others, for the timeline only. On CUDA it is the host's time."""
+        now = time.monotonic()
+        self._starts.setdefault(stage, begun - self._offered)
+        self._starts[f"{stage} end"] = now - self._offered
+        self._overlapping[stage] = self._overlapping.get(stage, 0.0) + now - begun
 
     def _refuse(self, error: Exception) -> None:
         peer = self.session.link.peer
@@ -240,21 +248,29 @@ class Turn:
         group = session.join_group(self._rank, len(offer.members), offer.transfer_s)
         self._lap("group")
         route = Broadcast(planned.compiled, group, planned.target.hooks if planned.target else {})
+
+        def digest(ledger: Ledger, stage: Stage) -> None:
+            if verify:
+                begun = time.monotonic()
+                ledger.digest(stage, seed)
+                self._clock("digest", begun)
+
         with on_side_stream(session.device):
             try:
                 route.run(
                     look,
-                    packed=lambda step: planned.sent.digest(step, seed) if verify else None,
-                    arrived=lambda wire: planned.live.digest(wire, seed) if verify else None,
+                    packed=lambda step: digest(planned.sent, step),
+                    arrived=lambda wire: digest(planned.live, wire),
                     progress=moved,
+                    clock=self._clock,
                 )
                 synchronise(session.device, look)
             finally:
                 progress.wrote |= route.wrote
             self._lap("transfer")
+            digest(planned.sent, LIVE)
+            digest(planned.live, LIVE)
             if verify:
-                planned.sent.digest(LIVE, seed)
-                planned.live.digest(LIVE, seed)
                 self._lap("verify")
 
         def record(ledger: Ledger, target: Target | None) -> Record:
@@ -318,7 +334,7 @@ class Turn:
                 error=error,
                 nbytes=self.progress.nbytes,
                 starts=self._starts,
-                stages=self.progress.stages,
+                stages=self.progress.stages | self._overlapping,
             )
         )
         self.finished = not error
