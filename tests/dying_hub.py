@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 
-
 from weightbus.hub import Hub
 from weightbus.protocol import Phase
 

@@ -53,7 +53,7 @@ class Session:
         self._users = 0
         # What a new hub has to know of an earlier one.
         self.members: list[m.Member] = []
-        self._place = 0
+        self.place = 0
         self._token = ""
         self._version: int | None = None
         self._sealed: tuple[bytes, m.Word] | None = None
@@ -230,7 +230,7 @@ class Session:
         alive = self._group is not None
         return m.Held(
             epoch=max(self._epoch, 0),
-            place=self._place,
+            place=self.place,
             members=len(self.members),
             group=self._token if alive else "",
             plans=list(self._plans)[-1024:] if alive else [],
@@ -264,8 +264,8 @@ class Session:
         if offer.members:
             self.members = offer.members
         self._token = offer.group
-        self._place = next((i for i, x in enumerate(self.members) if x.peer == self.link.peer), -1)
-        if self._place < 0:
+        self.place = next((i for i, x in enumerate(self.members) if x.peer == self.link.peer), -1)
+        if self.place < 0:
             raise ProtocolError(f"offer: expected this rank among the {len(self.members)} members")
         return msgspec.structs.replace(offer, members=self.members)
 

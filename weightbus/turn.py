@@ -93,8 +93,7 @@ class Turn:
     @property
     def _rank(self) -> int:
         """This process's group rank."""
-        peer = self.session.link.peer
-        return next(rank for rank, member in enumerate(self._offer.members) if member.peer == peer)
+        return self.session.place
 
     @property
     def _me(self) -> m.Member:
