@@ -286,14 +286,15 @@ class Hub:
                 return self._piece(identity, message, now)
             case m.Leave():
                 self._leave(peer, message.role, now)
-            case m.Enter() | m.Poll() if peer.trainer is None:
-                raise ProtocolError(f"{type(message).__name__}: expected a trainer rank, got {peer}")
-            case m.Enter():
-                coordinator.enter(message, now)
-            case m.Poll():
-                complete = len(coordinator.roster.trainers()) == peer.trainer.size if peer.trainer else False
-                task = coordinator.requests.polled(message.number, coordinator.committed, complete)
-                return m.Polled(number=message.number, task=task)
+            case m.Enter() | m.Poll():
+                if (trainer := peer.trainer) is None:
+                    raise ProtocolError(f"{type(message).__name__}: expected a trainer rank, got {peer}")
+                if isinstance(message, m.Enter):
+                    coordinator.enter(message, now)
+                    return None
+                size = trainer.size if len(coordinator.roster.trainers()) == trainer.size else 0
+                number, committed = message.number, coordinator.committed
+                coordinator.requests.poll(identity, trainer.rank, number, size, committed)
             case _:
                 if not coordinator.answer(message, now):
                     self.counts["late"] += 1

@@ -146,9 +146,9 @@ class Publisher:
     def poll(self) -> bool:
         """Run what a client has asked for (``weightbus update``, ``check``, ``set-version``); whether one did.
 
-        Collective over trainer ranks, where the source is one that may be published. Does not wait for
-        other ranks if nothing was asked for. What becomes of it, errors included, is the client's answer.
-        Raises HubError if the hub is lost.
+        Collective over trainer ranks, where the source is one that may be published. Costs a message each
+        way, and waits for a rank that lags by more than one poll, 10 s at most. What becomes of the request,
+        errors included, is the client's answer.
         """
         task = self._session.poll()
         if task is not None:

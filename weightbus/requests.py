@@ -16,8 +16,8 @@ Request = a.AskUpdate | a.AskCheck | a.AskVersion
 
 MAX_REQUESTS = 64
 
-# Trainer ranks count their polls alike; a rank that lags behind by more than this has lost the others.
-MAX_POLLS = 64
+# Answers to polls that are kept for the ranks that come to them later.
+MAX_POLLS = 4
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,6 +38,8 @@ class Requests:
         self.outbox: list[tuple[bytes, m.Message]] = []
         self._waiters: dict[str, Waiter] = {}
         self._polls: OrderedDict[int, m.Task | None] = OrderedDict()
+        self._polling: list[tuple[bytes, int]] = []
+        self._at: dict[int, int] = {}
         self._drawn = 0
 
     def __len__(self) -> int:
@@ -59,31 +61,43 @@ class Requests:
         self._waiters[task.task] = Waiter(client=client, id=ask.id, task=task, deadline=now + ask.wait_s)
         return a.Waiting(id=ask.id, reason="waits for the trainer's next poll() or update()")
 
-    def polled(self, number: int, committed: int, complete: bool) -> m.Task | None:
-        """The answer to the trainer ranks' poll of this number, the same for all of them.
+    def poll(self, client: bytes, rank: int, number: int, size: int, committed: int) -> None:
+        """A trainer rank has polled for the ``number``-th time; all ranks get the same answer to that.
 
-        committed: the last committed version. complete: all trainer ranks have joined.
+        The answer waits for a rank that lags by more than one poll, which one that trains with the others
+        never does. size: of the trainer job, 0 if not all of it is here. committed: the last version.
         """
-        if number in self._polls:
-            return self._polls[number]
-        if complete and not (self._polls and number < max(self._polls)):
+        self._at[rank] = number
+        self._polling.append((client, number))
+        slowest = min(self._at.values()) if len(self._at) >= size > 0 else 0
+        for waiting in list(self._polling):
+            client, number = waiting
+            if size == 0 or slowest >= number - 1:
+                self._polling.remove(waiting)
+                task = self._decide(number, committed) if size else None
+                self.outbox.append((client, m.Polled(number=number, task=task)))
+
+    def _decide(self, number: int, committed: int) -> m.Task | None:
+        """Once for each number, by the first rank that comes to it."""
+        if number not in self._polls:
             waiter = next((w for w in self._waiters.values() if not w.given), None)
-        else:
-            waiter = None
-        task = None
-        if waiter is not None:
-            waiter.given = True
-            task = waiter.task
-            if task.kind == "update" and task.version is None:
-                task.version = max(committed + 1, 1)
-        self._polls[number] = task
-        if len(self._polls) > MAX_POLLS:
-            self._polls.popitem(last=False)
-        return task
+            task = None
+            if waiter is not None:
+                waiter.given = True
+                task = waiter.task
+                if task.kind == "update" and task.version is None:
+                    task.version = max(committed + 1, 1)
+            self._polls[number] = task
+            if len(self._polls) > MAX_POLLS:
+                self._polls.popitem(last=False)
+        return self._polls[number]
 
     def forget_polls(self) -> None:
         """A trainer rank is gone: those of another job count anew."""
+        self.outbox += [(client, m.Polled(number=number)) for client, number in self._polling]
+        self._polling.clear()
         self._polls.clear()
+        self._at.clear()
 
     def after_update(self) -> list[m.Task]:
         """Checks and the like, to run at the end of an update that was committed."""
