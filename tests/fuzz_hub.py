@@ -36,19 +36,11 @@ from weightbus.hub import Hub
 from weightbus.start import listens
 
 ROOT = Path(__file__).parent.parent
-HANDLERS = (
-    "hub",
-    "wire",
-    "messages",
-    "asks",
-    "roster",
-    "requests",
-    "rebuild",
-    "protocol",
-    "rendezvous",
-    "overview",
-    "guard",
-)
+HANDLERS = ("hub", "wire", "protocol", "roster", "requests", "rebuild", "rendezvous", "overview", "guard")
+
+# A server that has imported torch once and forks.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "weightbus.session"])
 
 
 def trainer(address, stop, results):

@@ -76,7 +76,7 @@ def structured(recorded: Sequence[bytes], rng: random.Random) -> list[bytes]:
 
 
 def broken(recorded: Sequence[bytes], rng: random.Random) -> list[bytes]:
-    """Anything else: cut, flipped, random, deep, boasting of lengths, of another protocol or count of frames."""
+    """Anything else: cut, flipped, random, deep, boasting of lengths, of another protocol."""
     payload = bytearray(rng.choice(recorded))
     match rng.randrange(9):
         case 0:
