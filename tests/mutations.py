@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,11 @@ ODD: list[Value] = [
     "", "x", "update", "a" * 70, "a" * 2000, "\x00\ud7ff", b"", b"\x00" * 32, b"z" * 5000,
     [], {}, [[]], {"type": "go"},
 ]  # fmt: skip
+
+
+def odd(rng: random.Random) -> Value:
+    """One of them, as an object of its own: it may be changed in turn."""
+    return copy.deepcopy(rng.choice(ODD))
 
 
 def nested(depth: int) -> Value:
@@ -47,7 +53,7 @@ def mutate(value: Value, rng: random.Random) -> Value:
                 case 0:
                     spot.pop(key, None)
                 case 1:
-                    spot[rng.choice(("extra", "peer", "update", "hub", "id", ""))] = rng.choice(ODD)
+                    spot[rng.choice(("extra", "peer", "update", "hub", "id", ""))] = odd(rng)
                 case 2:
                     spot[key] = nested(rng.choice((2, 50, 400)))
                 case 3 if isinstance(spot.get(key), str | bytes) and spot[key]:
@@ -59,9 +65,9 @@ def mutate(value: Value, rng: random.Random) -> Value:
                         -(2**63), min(2**64 - 1, spot[key] + rng.choice((-1, 1, 2, -(2**40), 2**40)))
                     )
                 case _:
-                    spot[key] = rng.choice(ODD)
+                    spot[key] = odd(rng)
         elif isinstance(spot, list) and spot:
-            spot[rng.randrange(len(spot))] = rng.choice(ODD)
+            spot[rng.randrange(len(spot))] = odd(rng)
             if rng.random() < 0.3:
                 spot *= rng.choice((2, 30))
     return value

@@ -61,7 +61,7 @@ def decode_to_hub(frames: list[bytes]) -> ToHub:
     payload = _payload(frames, "message to the hub")
     try:
         return _to_hub.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"{error}; message to the hub") from error
 
 
@@ -70,5 +70,5 @@ def decode_from_hub(frames: list[bytes]) -> FromHub:
     payload = _payload(frames, "answer of the hub")
     try:
         return _from_hub.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"{error}; answer of the hub") from error
