@@ -39,6 +39,9 @@ from weightbus.start import listens
 ROOT = Path(__file__).parent.parent
 HANDLERS = ("hub", "wire", "protocol", "roster", "requests", "rebuild", "rendezvous", "overview", "guard")
 
+# Of eight connections that send, so many read what they are answered.
+READERS = 6
+
 # A server that has imported torch once and forks.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "weightbus.session"])
@@ -196,33 +199,48 @@ def main():
 def attack(address, count, recorded, rng, hub, client):
     """Send ``count`` messages over several connections, of which some read, some do not."""
     context = zmq.Context()
-    sockets = []
-    for _ in range(8):
+
+    def connected():
         one = context.socket(zmq.DEALER)
-        one.linger, one.sndtimeo, one.sndhwm = 0, 30_000, 200
+        one.linger, one.sndtimeo, one.sndhwm, one.rcvhwm = 0, 20_000, 200, 200
         one.connect(address)
-        sockets.append(one)
+        return one
+
+    sockets = [connected() for _ in range(8)]
     opened = nuisances(address)
     before = client.status().counts
-    rss, begun, valid, cut = [resident(hub.pid)], time.monotonic(), 0, 0
+    rss, begun, valid, cut, deaf = [resident(hub.pid)], time.monotonic(), 0, 0, 0
     tenth = 0
     for number in range(count):
         make = structured if number % 2 else broken
         valid += number % 2
-        one = sockets[rng.randrange(len(sockets))]
-        one.send_multipart(make(recorded, rng))
+        which = rng.randrange(len(sockets))
+        one = sockets[which]
+        if which >= READERS:
+            # The hub cuts those who do not read; theirs can't send any more, and are made again.
+            one.sndtimeo = 100
+        try:
+            one.send_multipart(make(recorded, rng))
+        except zmq.Again:
+            if which < READERS:
+                raise
+            one.close(0)
+            one = sockets[which] = connected()
+            deaf += 1
         if number % 64 == 0:
-            for reading in sockets[:6]:  # the other two never read
+            for reading in sockets[:READERS]:
                 while reading.poll(0):
                     reading.recv_multipart()
         if number % 2000 == 0:
             rss.append(resident(hub.pid))
             if hub.poll() is not None:
                 raise SystemExit(f"the hub has ended with {hub.returncode} after {number} messages")
-        if number % 20_000 == 19_999:  # longer than a frame may be: the connection is cut, and made again
+        if (
+            number % 20_000 == 19_999 and which < READERS
+        ):  # longer than a frame may be: the connection is cut, and made again
             one.send_multipart([wire.HEADER, bytes(1 << 20)])
             cut += 1
-            sockets[rng.randrange(len(sockets))].send_multipart([wire.HEADER, b"\x91" * 200_000])
+            sockets[0].send_multipart([wire.HEADER, b"\x91" * 200_000])
         if number == count // 10:
             tenth = resident(hub.pid)
         if number % 100_000 == 99_999:
@@ -241,6 +259,7 @@ def attack(address, count, recorded, rng, hub, client):
         "messages": count,
         "of_them_valid_msgpack": valid,
         "over_long": cut,
+        "connections_that_never_read_and_were_cut": deaf,
         "seconds": round(seconds, 1),
         "counts": {key: after[key] - before.get(key, 0) for key in sorted(after)},
         "rss_begin_mb": round(rss[0] / 1e6, 1),

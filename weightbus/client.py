@@ -15,7 +15,7 @@ from weightbus import asks as a
 from weightbus import messages as m
 from weightbus.errors import HubError, ProtocolError
 from weightbus.keys import Keys, load_keys
-from weightbus.link import Connection
+from weightbus.link import Connection, NotSent
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 
@@ -110,11 +110,18 @@ class Client:
         return answer
 
     def _ask(self, ask: a.AskStatus | a.Command, wait_s: float) -> m.Message:
-        self._connection.send(ask)
         deadline = time.monotonic() + self.timeout_s
+        sent = False
         while True:
             left = deadline - time.monotonic()
-            answer = self._connection.receive(max(0.0, left))
+            answer = None
+            try:
+                if not sent:
+                    self._connection.send(ask)
+                sent = True
+                answer = self._connection.receive(max(0.0, left))
+            except NotSent:
+                time.sleep(0.1)
             if answer is None:
                 if left > 0:
                     continue

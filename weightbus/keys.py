@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Keys:
 def _check(key: str, name: str) -> None:
     try:
         good = not key or len(z85.decode(key)) == 32
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, struct.error):
         good = False
     if not good or (key and len(key) != KEY_BYTES):
         raise HubError(f"{name}: expected a key of {KEY_BYTES} characters of Z85, got {len(key)} characters")
@@ -113,9 +114,9 @@ def _read(path: Path) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """The first word of each line; ``#`` starts a comment."""
-    words = (line.split("#", 1)[0].split() for line in text.splitlines())
-    return [line[0] for line in words if line]
+    """The first word of each line; one of ``#`` alone, which may also be inside a key, is a comment."""
+    words = (line.split() for line in text.splitlines())
+    return [line[0] for line in words if line and line[0] != "#"]
 
 
 def load_keys(directory: str | os.PathLike[str] | None = None, *, insecure: bool = False) -> Keys:

@@ -34,6 +34,10 @@ REPLACE_AFTER_S = 1.5
 REJOIN_S = 60.0
 
 
+class NotSent(HubError):
+    """Nothing could be sent just now: there is no connection, as when keys do not match."""
+
+
 class HubLost(HubError):
     """The hub has gone, was replaced, or has dropped this rank; ``rejoin`` may bring it back."""
 
@@ -64,8 +68,8 @@ class Connection:
         try:
             for frames in wire.encode_to_hub(message, peer):
                 self._socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            raise HubError(f"could not send {type(message).__name__} to {self.address}: {error}") from error
+        except zmq.Again as error:
+            raise NotSent(f"could not send {type(message).__name__} to {self.address}") from error
 
     def receive(self, timeout_s: float) -> wire.FromHub | None:
         """The next message, or None after ``timeout_s``. Raises ProtocolError."""
@@ -183,9 +187,13 @@ class Link:
         while True:
             if start_hub_dead_after_s is not None:
                 ensure_hub(self.address, dead_after_s=start_hub_dead_after_s, keys=self.keys)
-            self._connection.send(hello)
             limit = min(deadline, time.monotonic() + HELLO_AGAIN_S)
-            answer = self._await_answer(limit)
+            answer: m.Welcome | m.Alive | m.Refused | None = None
+            try:
+                self._connection.send(hello)
+                answer = self._await_answer(limit)
+            except NotSent:
+                time.sleep(0.1)
             if isinstance(answer, m.Welcome):
                 welcome = answer
                 # Who answers the welcome has heard it: only then is the role taken.
