@@ -235,9 +235,8 @@ def attack(address, count, recorded, rng, hub, client):
             rss.append(resident(hub.pid))
             if hub.poll() is not None:
                 raise SystemExit(f"the hub has ended with {hub.returncode} after {number} messages")
-        if (
-            number % 20_000 == 19_999 and which < READERS
-        ):  # longer than a frame may be: the connection is cut, and made again
+        if number % 20_000 == 19_999 and which < READERS:
+            # Longer than a frame may be: the connection is cut, and makes itself again.
             one.send_multipart([wire.HEADER, bytes(1 << 20)])
             cut += 1
             sockets[0].send_multipart([wire.HEADER, b"\x91" * 200_000])

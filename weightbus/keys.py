@@ -114,9 +114,9 @@ def _read(path: Path) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """The first word of each line; one of ``#`` alone, which may also be inside a key, is a comment."""
+    """The first word of each line. ``#``, with which a key may go on but not begin, starts a comment line."""
     words = (line.split() for line in text.splitlines())
-    return [line[0] for line in words if line and line[0] != "#"]
+    return [line[0] for line in words if line and not line[0].startswith("#")]
 
 
 def load_keys(directory: str | os.PathLike[str] | None = None, *, insecure: bool = False) -> Keys:

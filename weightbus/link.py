@@ -147,7 +147,10 @@ class Link:
         )
         if start_hub_dead_after_s is not None:
             self._start_hub_dead_after_s = start_hub_dead_after_s
-        beat_s = self._take(hello, time.monotonic() + timeout_s, timeout_s, self._start_hub_dead_after_s)
+        beat_s = self._take(hello, time.monotonic() + timeout_s, self._start_hub_dead_after_s)
+        if beat_s is None:
+            doubt = ", or keys do not match" if self.keys.client else ""
+            raise HubError(f"no hub answered at {self.address} for {timeout_s:.0f} s{doubt}")
         self._hellos[role] = hello
         if self._beats is None:
             self._heard = time.monotonic()
@@ -171,18 +174,14 @@ class Link:
         self._inbox.clear()
         for hello in self._hellos.values():
             hello.held = self._held()
-            try:
-                self._take(hello, max(deadline, time.monotonic() + 1.0), timeout_s, None)
-            except TimeoutHubError:
+            if self._take(hello, max(deadline, time.monotonic() + 1.0), None) is None:
                 return False
         self._lost = ""
         log.info("joined the hub at %s again", self.address)
         return True
 
-    def _take(
-        self, hello: m.Hello, deadline: float, timeout_s: float, start_hub_dead_after_s: float | None
-    ) -> float:
-        """From hello to membership; seconds between beats."""
+    def _take(self, hello: m.Hello, deadline: float, start_hub_dead_after_s: float | None) -> float | None:
+        """From hello to membership; seconds between beats, or None if no hub answered in time."""
         first = 0.0
         while True:
             if start_hub_dead_after_s is not None:
@@ -206,8 +205,7 @@ class Link:
             now = time.monotonic()
             if not isinstance(answer, m.Refused):
                 if now > deadline:
-                    doubt = ", or keys do not match" if self.keys.client else ""
-                    raise TimeoutHubError(f"no hub answered at {self.address} for {timeout_s:.0f} s{doubt}")
+                    return None
                 continue
             first = first or now
             # The place may be held by a process that has died, which the hub learns only with time;
@@ -319,7 +317,3 @@ class Link:
             ensure_hub(self.address, dead_after_s=self._start_hub_dead_after_s, keys=self.keys)
         if silent > DEAD_AFTER_S:
             self._lost = self._lost or f"the hub at {self.address} has not answered for {silent:.1f} s"
-
-
-class TimeoutHubError(HubError):
-    """No hub answered in time."""
