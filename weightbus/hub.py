@@ -223,7 +223,7 @@ class Hub:
             return None
         self._logged += 1
         if self._logged <= MAX_ANSWERS_PER_S:
-            log.warning("refused: %s", reason[:500])
+            log.warning("refused: %a", reason[:500])
         return m.Refused(reason=reason[:1000], of=of)
 
     def _has_turn(self, identity: bytes) -> bool:

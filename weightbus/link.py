@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -137,7 +138,7 @@ class Link:
         """
         hello = m.Hello(
             process=self.process,
-            host=socket.gethostname(),
+            host=re.sub(r"[^\w.-]", "_", socket.gethostname())[:255],
             pid=os.getpid(),
             device=device,  # type: ignore[arg-type]
             role=role,

@@ -23,6 +23,7 @@ Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
 Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 Name = Annotated[str, Meta(max_length=1024)]
+Host = Annotated[str, Meta(pattern=r"^[\w.-]{0,255}$")]
 Token = Annotated[str, Meta(max_length=64)]
 Reason = Annotated[str, Meta(max_length=64 << 10)]
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
@@ -73,7 +74,7 @@ class Hello(Message, tag="hello"):
     """
 
     process: Token
-    host: Name
+    host: Host
     pid: Count
     device: Literal["cpu", "cuda"]
     role: Role

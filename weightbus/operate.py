@@ -120,9 +120,8 @@ def status_table(status: a.Status) -> RenderableType:
         table.add_column(column, justify="right" if column in ("version", "pid", "heard s ago") else "left")
     for peer in status.peers:
         version = "" if peer.version is None else str(peer.version)
-        table.add_row(
-            peer.rank, peer.state, version, peer.host, str(peer.pid), peer.device, f"{peer.heard_s:.1f}"
-        )
+        cells = (peer.rank, peer.state, version, peer.host, str(peer.pid), peer.device, f"{peer.heard_s:.1f}")
+        table.add_row(*map(Text, cells))
     lines = [f"going on: {status.phase}"] if status.phase else []
     lines += [f"  waits for {line}" for line in status.missing]
     for past in status.past:
@@ -165,9 +164,9 @@ def _answered(answer: a.Answer, options: argparse.Namespace) -> int:
         for column in ("rank", "tensor", "what"):
             table.add_column(column, overflow="fold")
         for failure in answer.failures:
-            table.add_row(failure.rank, failure.tensor or "", failure.reason)
+            table.add_row(*map(Text, (failure.rank, failure.tensor or "", failure.reason)))
         for name, why in answer.arrived:
-            table.add_row("", name, f"not checked live: {why}")
+            table.add_row("", Text(name), Text(f"not checked live: {why}"))
         Console().print(table)
     else:
         print(head)
