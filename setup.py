@@ -8,7 +8,7 @@ setup(
         Extension(
             "weightbus.digest._grid61",
             ["csrc/grid61_cpu.cpp"],
-            depends=["csrc/grid61.h"],
+            depends=["csrc/grid61.h", "csrc/sha256.h"],
             extra_compile_args=["-std=c++17", "-O3"],
             optional=True,
         )

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "grid61.h"
+#include "sha256.h"
 
 using namespace grid61;
 
@@ -185,7 +186,61 @@ PyObject* py_sums(PyObject*, PyObject* args) {
   return nullptr;
 }
 
+// Keys of the names that `ends` cuts `text` into, both lanes of each: hashes of prefix, lane and name.
+void name_keys(const char* text, const i64* ends, i64 count, const char* prefix, size_t prefix_size, u64* out) {
+  std::vector<unsigned char> message(prefix, prefix + prefix_size);
+  for (i64 name = 0, begin = 0; name < count; begin = ends[name++]) {
+    message.resize(prefix_size + 1);
+    message.insert(message.end(), text + begin, text + ends[name]);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      unsigned char hash[32];
+      message[prefix_size] = (unsigned char)lane;
+      sha256::digest(message.data(), message.size(), hash);
+      u64 halves[2] = {0, 0};
+      for (int i = 0; i < 16; ++i) halves[i / 8] |= (u64)hash[i] << (8 * (i % 8));
+      u64& key = out[kLanes * name + lane];
+      key = add(halves[0] % P, multiply(halves[1] % P, 8));  // 2**64 is 8 mod p
+    }
+  }
+}
+
+PyObject* py_name_keys(PyObject*, PyObject* args) {
+  Py_buffer text, ends, prefix, out;
+  if (!PyArg_ParseTuple(args, "y*y*y*w*", &text, &ends, &prefix, &out)) return nullptr;
+  const i64 count = ends.len / 8;
+  const i64* at = (const i64*)ends.buf;
+  bool sound = ends.len % 8 == 0 && out.len == count * kLanes * 8 && (count ? at[count - 1] : 0) == text.len;
+  for (i64 i = 0; i < count; ++i) sound = sound && at[i] >= (i ? at[i - 1] : 0);
+  if (sound) {
+    Py_BEGIN_ALLOW_THREADS;
+    name_keys((const char*)text.buf, at, count, (const char*)prefix.buf, prefix.len, (u64*)out.buf);
+    Py_END_ALLOW_THREADS;
+  }
+  for (Py_buffer* buffer : {&text, &ends, &prefix, &out}) PyBuffer_Release(buffer);
+  if (sound) Py_RETURN_NONE;
+  PyErr_SetString(PyExc_ValueError, "_grid61.name_keys: expected ascending ends up to the text's, and a row for each");
+  return nullptr;
+}
+
+PyObject* py_fold(PyObject*, PyObject* args) {
+  Py_buffer keys, sums;
+  if (!PyArg_ParseTuple(args, "y*y*", &keys, &sums)) return nullptr;
+  const bool sound = keys.len == sums.len && keys.len % (kLanes * 8) == 0;
+  u64 total[kLanes] = {0, 0};
+  for (i64 i = 0; sound && i < keys.len / 8; ++i) {
+    u64& lane = total[i % kLanes];
+    lane = add(lane, multiply(((const u64*)keys.buf)[i], ((const u64*)sums.buf)[i]));
+  }
+  PyBuffer_Release(&keys);
+  PyBuffer_Release(&sums);
+  if (sound) return Py_BuildValue("KK", (unsigned long long)total[0], (unsigned long long)total[1]);
+  PyErr_SetString(PyExc_ValueError, "_grid61.fold: expected as many keys as sums, both lanes of each");
+  return nullptr;
+}
+
 PyMethodDef kMethods[] = {
+    {"name_keys", py_name_keys, METH_VARARGS, "name_keys(text, ends, prefix, out): both lanes' key of each name"},
+    {"fold", py_fold, METH_VARARGS, "fold(keys, sums): both lanes' sum of products mod p"},
     {"sums", py_sums, METH_VARARGS, "sums(segments, tiles, keys, out, threads): both lanes' sums of each part"},
     {nullptr, nullptr, 0, nullptr},
 };

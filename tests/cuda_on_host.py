@@ -7,7 +7,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class CudaOnHost:
         self.parts = list(parts)
         self.segments = segments_of(parts, Tiling(strip_bytes=512, tile_bytes=tile_bytes, threads=32))
 
-    def sums(self, seed: bytes, stream: None = None) -> np.ndarray:
+    def launch(self, seed: bytes, stream: None = None) -> Callable[[], np.ndarray]:
         segments, count = self.segments, len(self.segments.table)
         bounds = np.append(segments.first_tiles, segments.tiles)
         owners = np.repeat(np.arange(count, dtype=np.uint32), np.diff(bounds))
@@ -61,4 +61,4 @@ class CudaOnHost:
             pointer["keys"], axes, table, count_, pointer["owners"], tiles, sum_count,
             pointer["powers"], pointer["steps"], pointer["halves"], pointer["sums"],
         )  # fmt: skip
-        return sums
+        return lambda: sums

@@ -12,7 +12,7 @@ import weightbus
 VERSIONS = (1, 2, 3)
 
 
-def trainer(rank, size, *, address, kind, device="cpu", dtype=torch.float32, min_replicas=1):
+def trainer(rank, size, *, address, kind, device="cpu", dtype=torch.float32, min_replicas=1, route="broadcast"):
     model = make(kind, rank, size, device, dtype)
     reports = []
     with weightbus.Publisher(
@@ -23,10 +23,12 @@ def trainer(rank, size, *, address, kind, device="cpu", dtype=torch.float32, min
         min_replicas=min_replicas,
         bucket_bytes=1 << 18,
         join_timeout_s=30,
+        route=route,
     ) as publisher:
         for version in VERSIONS:
             fill(model, values(version, dtype))
             report = publisher.update(version)
+            assert report.route == route, report
             verdict = publisher.check()
             reports.append((report.word, report.tensors, verdict.word, str(verdict)))
     return reports
@@ -68,7 +70,12 @@ def check_results(trainers, servers, dtype=torch.float32):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
-    """gloo on CPU, and the same body over NCCL."""
+    return request.param
+
+
+@pytest.fixture(params=["broadcast", "peer"])
+def route(request):
+    """gloo on CPU, and the same body over NCCL; shared memory on CPU, and the same body over CUDA IPC."""
     return request.param
 
 
@@ -83,23 +90,31 @@ def device(request):
     ],
     ids=lambda job: f"{job[1]}-{job[0]}",
 )
-def test_update(address, device, trainers, servers):
+def test_update(address, device, route, trainers, servers):
     results = run_jobs(
         Job(
-            run=trainer, size=trainers[1], arguments={"device": device, "address": address, "kind": trainers[0]}
+            run=trainer,
+            size=trainers[1],
+            arguments={"device": device, "address": address, "kind": trainers[0], "route": route},
         ),
         Job(run=server, size=servers[1], arguments={"device": device, "address": address, "kind": servers[0]}),
     )
     check_results(*results)
 
 
-def test_two_replicas(address, device):
+def test_two_replicas(address, device, route):
     """Two replicas of two ranks are updated together; each holds the whole version."""
     results = run_jobs(
         Job(
             run=trainer,
             size=2,
-            arguments={"device": device, "address": address, "kind": "fsdp2", "min_replicas": 2},
+            arguments={
+                "device": device,
+                "address": address,
+                "kind": "fsdp2",
+                "min_replicas": 2,
+                "route": route,
+            },
         ),
         *(
             Job(
@@ -125,34 +140,41 @@ def test_casts_to_the_destinations_dtype(address, device):
     check_results(*results)
 
 
-def test_without_torchrun_and_default_group(address, device):
+def test_without_torchrun_and_default_group(address, device, route):
     """As Ray actors are: no variables, no default group; rank and size are given."""
     results = run_jobs(
-        Job(run=trainer, size=2, arguments={"device": device, "address": address, "kind": "plain"}, bare=True),
+        Job(
+            run=trainer,
+            size=2,
+            arguments={"device": device, "address": address, "kind": "plain", "route": route},
+            bare=True,
+        ),
         Job(run=server, size=1, arguments={"device": device, "address": address, "kind": "plain"}, bare=True),
     )
     check_results(*results)
 
 
-def one_world(rank, size, *, address, device):
+def one_world(rank, size, *, address, device, route):
     """Both roles inside one torchrun world: the lower half trains."""
     half = size // 2
     if rank < half:
-        return trainer(rank, half, address=address, kind="plain", device=device)
+        return trainer(rank, half, address=address, kind="plain", device=device, route=route)
     return server(rank - half, half, address=address, kind="plain", device=device)
 
 
-def test_both_jobs_in_one_world(address, device):
-    ((one, two),) = run_jobs(Job(run=one_world, size=2, arguments={"device": device, "address": address}))
+def test_both_jobs_in_one_world(address, device, route):
+    ((one, two),) = run_jobs(
+        Job(run=one_world, size=2, arguments={"device": device, "address": address, "route": route})
+    )
     check_results([one], [two])
 
 
-def both_ends(rank, size, *, address, device):
+def both_ends(rank, size, *, address, device, route):
     """One process that is a trainer rank and a server rank."""
     source = make("fsdp2", rank, size, device)
     mesh = torch.distributed.device_mesh.init_device_mesh(device, (size,))
     target = distribute(Toy().to(device), mesh, TP)
-    publisher = weightbus.Publisher(source, address=address, bucket_bytes=1 << 18)
+    publisher = weightbus.Publisher(source, address=address, bucket_bytes=1 << 18, route=route)
     subscriber = weightbus.Subscriber(target, address=address)
     reports = []
     for version in VERSIONS:
@@ -171,6 +193,8 @@ def both_ends(rank, size, *, address, device):
     return reports
 
 
-def test_processes_with_both_ends(address, device):
-    (results,) = run_jobs(Job(run=both_ends, size=2, arguments={"device": device, "address": address}))
+def test_processes_with_both_ends(address, device, route):
+    (results,) = run_jobs(
+        Job(run=both_ends, size=2, arguments={"device": device, "address": address, "route": route})
+    )
     check_results(results, [])

@@ -17,8 +17,19 @@ from torch import Tensor, nn
 
 from weightbus import Digest, SpecError, combine, model_digest, tensor_digest
 from weightbus.box import Box
-from weightbus.digest import STABLE_SEED, Digester, P, digester, fold, model_digest_of, sub_part
+from weightbus.digest import (
+    STABLE_SEED,
+    Digester,
+    NameKeys,
+    P,
+    digester,
+    fold,
+    fold_with,
+    model_digest_of,
+    sub_part,
+)
 from weightbus.errors import CoverageError, DigestError
+from weightbus.once import say_once
 
 SEED = bytes(range(32))
 
@@ -228,7 +239,7 @@ def test_parameters_and_tensors_that_require_grad() -> None:
 
 
 def test_places_beyond_the_fast_ones_are_left_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:
-    digester._say_once.cache_clear()
+    say_once.cache_clear()
     tensor = random_tensor(random.Random(6), 1, (3, 64))
     for shape, offset, spoken in (((2**42, 64), 2**42 - 3, 0), ((2**43, 64), 2**43 - 3, 1)):
         box = Box((offset, 0), (3, 64))
@@ -242,7 +253,7 @@ def test_without_the_extension_it_says_so_once_with_the_cure(
 ) -> None:
     part = part_of(random_tensor(random.Random(5), 2, (9, 50)))
     fast = Digester([part]).sums(SEED)
-    digester._say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setitem(sys.modules, "weightbus.digest.cpu", None)  # as where it was not built
     with caplog.at_level(logging.WARNING, "weightbus"):
         for _ in range(3):
@@ -255,12 +266,38 @@ def test_without_the_extension_it_says_so_once_with_the_cure(
 def test_without_cupy_the_cure_is_the_extra_for_its_cuda(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    digester._say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "weightbus.digest.cuda", raising=False)
+    for module in ("weightbus.digest.cuda", "weightbus.cuda_kernels"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     part = part_of(torch.arange(9))
     with caplog.at_level(logging.WARNING, "weightbus"):
         found = digester._implementation([part], torch.device("cuda"))
-    assert np.array_equal(found.sums(SEED, None), Digester([part]).sums(SEED))
+    assert np.array_equal(found.launch(SEED, None)(), Digester([part]).sums(SEED))
     assert [r.message.endswith("cure: pip install 'weightbus[cuda12]'") for r in caplog.records] == [True]
+
+
+def test_keys_of_names_with_and_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of every length around SHA-256's blocks, empty and beyond ASCII."""
+    names = ["", *("layer.µ."[: n % 9] + "x" * n for n in range(200)), "再" * 70]
+    sums = np.random.default_rng(0).integers(0, P, (len(names), 2), dtype=np.uint64)
+    keys = NameKeys(names).under(SEED)
+    for row, name in zip(keys.tolist(), names, strict=True):
+        for lane, key in enumerate(row):
+            text = b"weightbus fold v1\0" + SEED + bytes([lane]) + name.encode()
+            assert key == int.from_bytes(hashlib.sha256(text).digest()[:16], "little") % P, name
+    found = fold_with(keys, sums)
+    monkeypatch.setattr(sys.modules["weightbus.digest.fold"], "_extension", None)
+    assert np.array_equal(NameKeys(names).under(SEED), keys)
+    assert fold_with(keys, sums) == found
+
+
+def test_the_extension_refuses_what_does_not_fit() -> None:
+    extension = pytest.importorskip("weightbus.digest._grid61")
+    keys = np.zeros((2, 2), np.uint64)
+    for ends in ([1, 4], [2, 1], [3, 3, 3], []):
+        with pytest.raises(ValueError, match="name_keys"):
+            extension.name_keys(b"abc", np.array(ends, np.int64), b"", keys)
+    with pytest.raises(ValueError, match="fold"):
+        extension.fold(keys, keys[:1])

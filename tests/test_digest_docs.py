@@ -50,12 +50,12 @@ def test_digests(make: Make, device: str) -> None:
     assert (len(wholes), len(boxes)) == (9, 6)
     parts = [part(shape, itemsize, device=device) for shape, itemsize, _, _ in wholes]
     parts += [part(*row[:4], device=device) for row in boxes]
-    found = make(parts).sums(STABLE_SEED, None).tolist()
+    found = make(parts).launch(STABLE_SEED, None)().tolist()
     assert [text(row) for row in found] == [row[-1] for row in wholes + boxes]
     nbytes = [one.tensor.numel() * one.tensor.element_size() for one in parts[: len(wholes)]]
     assert nbytes == [int(row[2]) for row in wholes]
     (seeded,) = re.findall(r"\(7, 64\), itemsize 2, with the seed `00 01 02 ... 1f`: `(.*)`", TEXT)
-    assert text(make([parts[4]]).sums(bytes(range(32)), None).tolist()[0]) == seeded
+    assert text(make([parts[4]]).launch(bytes(range(32)), None)().tolist()[0]) == seeded
 
 
 def test_canonical_shapes() -> None:

@@ -54,10 +54,10 @@ class CpuWithoutInt128:
         self.module = extension_without_int128()
         self.sums_of_parts = cpu(parts)
 
-    def sums(self, seed: bytes, stream: None) -> Any:
+    def launch(self, seed: bytes, stream: None) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("weightbus.digest.cpu._grid61", self.module)
-            return self.sums_of_parts.sums(seed, stream)
+            return self.sums_of_parts.launch(seed, stream)
 
 
 def cuda(parts: Sequence[Part]) -> Any:
@@ -93,7 +93,7 @@ def test_vectors(make: Make, device: str) -> None:
         found = by_seed.setdefault(vector["seed"], [])
         found.append((part_of(tensor, shape, Box(offsets, sizes)), vector["digest"]))
     for seed, pairs in by_seed.items():
-        sums = make([part for part, _ in pairs]).sums(bytes.fromhex(seed), None)
+        sums = make([part for part, _ in pairs]).launch(bytes.fromhex(seed), None)()
         for (part, want), (lane0, lane1) in zip(pairs, sums.tolist(), strict=True):
             assert f"grid61:{lane0:016x}{lane1:016x}" == want, f"{part.spec} {part.box}"
 
@@ -112,7 +112,7 @@ def test_the_vectors_are_those_of_the_definition() -> None:
 def test_random_parts(make: Make, device: str, first: int) -> None:
     parts = [random_part(random.Random(first + i), device) for i in range(60)]
     seed = random.Random(first).randbytes(32)
-    sums = make(parts).sums(seed, None)
+    sums = make(parts).launch(seed, None)()
     assert sums.dtype == np.uint64
     for part, got in zip(parts, sums.tolist(), strict=True):
         box, itemsize = part.box, part.tensor.element_size()
@@ -139,8 +139,10 @@ def test_tiles_of_many_rows_and_strips(make: Make, device: str) -> None:
         part_of(draw(40, 1000, 3)[:, 100:900, :2], (40, 1000, 3), Box((0, 100, 1), (40, 800, 2))),
     ]
     seed = bytes(range(32))
-    want = ReferenceSums([Part(spec=p.spec, box=p.box, tensor=p.tensor.cpu()) for p in parts]).sums(seed, None)
-    assert np.array_equal(make(parts).sums(seed, None), want)
+    want = ReferenceSums([Part(spec=p.spec, box=p.box, tensor=p.tensor.cpu()) for p in parts]).launch(
+        seed, None
+    )()
+    assert np.array_equal(make(parts).launch(seed, None)(), want)
 
 
 def test_a_tensor_of_very_many_axes_is_left_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:

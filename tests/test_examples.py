@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,3 +48,23 @@ def test_trainer_updates_servers(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in reports] == [f"verified version {step}" for step in (1, 2, 3)]
     for rank in range(2):
         assert f"rank {rank} serves version 3" in said["server"]
+
+
+def test_a_policy_learns_from_rollouts_that_are_updated_after_every_step() -> None:
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    script = [sys.executable, str(ROOT / "examples" / "colocated_rl.py")]
+    run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    steps = re.findall(r"^step +(\d+)  reward ([\d.]+)  verified version (\d+): .*, peer$", run.stdout, re.M)
+    assert (
+        [step for step, _, _ in steps]
+        == [version for _, _, version in steps]
+        == [str(s) for s in range(0, 41, 5)]
+    )
+    rewards = [float(reward) for _, reward, _ in steps]
+    assert rewards[0] < 0.2 < 0.9 < rewards[-1], rewards
+    assert "41 verified updates" in run.stdout

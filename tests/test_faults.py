@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 from processes import Job, run_jobs
 
@@ -18,7 +19,17 @@ def tensors(value):
     return [(name, torch.full(shape, float(value))) for name, shape in SIZES.items()]
 
 
-def trainer(rank, size, *, address, updates, min_replicas=1, dead_after_s=2.0, transfer_timeout_s=20.0):
+def trainer(
+    rank,
+    size,
+    *,
+    address,
+    updates,
+    min_replicas=1,
+    dead_after_s=2.0,
+    transfer_timeout_s=20.0,
+    route="broadcast",
+):
     """Outcome and seconds of each update; the source holds the version's number everywhere."""
     source = tensors(0)
     seen = []
@@ -31,6 +42,7 @@ def trainer(rank, size, *, address, updates, min_replicas=1, dead_after_s=2.0, t
         dead_after_s=dead_after_s,
         join_timeout_s=15,
         transfer_timeout_s=transfer_timeout_s,
+        route=route,
     ) as publisher:
         for version in range(1, updates + 1):
             for _, tensor in source:
@@ -129,9 +141,9 @@ def hook_that_dies(rank, size, *, address, replica, how):
         subscriber.serve()
 
 
-def run_mid_transfer(address, how):
+def run_mid_transfer(address, how, route):
     return run_jobs(
-        Job(run=trainer, arguments={"address": address, "updates": 3, "min_replicas": 2}),
+        Job(run=trainer, arguments={"address": address, "updates": 3, "min_replicas": 2, "route": route}),
         Job(run=server, arguments={"address": address, "replica": 0}),
         Job(
             run=hook_that_dies,
@@ -142,8 +154,9 @@ def run_mid_transfer(address, how):
     )
 
 
-def test_killed_in_the_middle_of_a_transfer(address):
-    ((first, second, third),), (survivor,), _ = run_mid_transfer(address, signal.SIGKILL)
+@pytest.mark.parametrize("route", ["broadcast", "peer"])
+def test_killed_in_the_middle_of_a_transfer(address, route):
+    ((first, second, third),), (survivor,), _ = run_mid_transfer(address, signal.SIGKILL, route)
     assert first[:2] == ("verified", 2)
     assert second[0] == "TornError"
     assert "replica 1 server rank 0" in second[1]
@@ -152,8 +165,9 @@ def test_killed_in_the_middle_of_a_transfer(address):
     assert survivor == ("ready", 3, [3.0])
 
 
-def test_stopped_in_the_middle_of_a_transfer(address):
-    ((first, second, third),), (survivor,), _ = run_mid_transfer(address, signal.SIGSTOP)
+@pytest.mark.parametrize("route", ["broadcast", "peer"])
+def test_stopped_in_the_middle_of_a_transfer(address, route):
+    ((first, second, third),), (survivor,), _ = run_mid_transfer(address, signal.SIGSTOP, route)
     assert first[:2] == ("verified", 2)
     assert second[0] == "TornError"
     assert "replica 1 server rank 0" in second[1]

@@ -24,11 +24,11 @@ def drawn(version):
     return {name: torch.randn(shape, generator=generator) for name, shape in NAMES.items()}
 
 
-def trainer(rank, size, *, address, versions=(1, 2), bucket_bytes=1 << 12):
+def trainer(rank, size, *, address, versions=(1, 2), bucket_bytes=1 << 12, route="broadcast"):
     tensors = [(name, torch.zeros(shape)) for name, shape in NAMES.items()]
     outcomes, wrong, reasons = [], [], {}
     with weightbus.Publisher(
-        tensors, address=address, bucket_bytes=bucket_bytes, join_timeout_s=20
+        tensors, address=address, bucket_bytes=bucket_bytes, join_timeout_s=20, route=route
     ) as publisher:
         for version in versions:
             for name, tensor in tensors:
@@ -110,10 +110,18 @@ def expected(version, rank, size):
     }
 
 
-@pytest.mark.parametrize("bucket_bytes", [1 << 10, 1 << 20], ids=["pieces", "one bucket"])
-def test_fused_and_sharded_by_hooks(address, bucket_bytes):
+@pytest.mark.parametrize(
+    ("bucket_bytes", "route"),
+    [(1 << 10, "broadcast"), (1 << 20, "broadcast"), (1 << 20, "peer")],
+    ids=["pieces", "one bucket", "peer"],
+)
+def test_fused_and_sharded_by_hooks(address, bucket_bytes, route):
     trainers, servers = run_jobs(
-        Job(run=trainer, size=2, arguments={"address": address, "bucket_bytes": bucket_bytes}),
+        Job(
+            run=trainer,
+            size=2,
+            arguments={"address": address, "bucket_bytes": bucket_bytes, "route": route},
+        ),
         Job(run=server, size=2, arguments={"address": address}),
     )
     assert trainers[0][0] == [("verified", [], "verified")] * 2
@@ -124,10 +132,11 @@ def test_fused_and_sharded_by_hooks(address, bucket_bytes):
                 assert torch.equal(state[name], tensor), (number, name)
 
 
-def test_a_raising_hook_tears_and_a_whole_update_mends(address):
+@pytest.mark.parametrize("route", ["broadcast", "peer"])
+def test_a_raising_hook_tears_and_a_whole_update_mends(address, route):
     """The hook's third call fails on both ranks; the next update is complete and leads out."""
     trainers, servers = run_jobs(
-        Job(run=trainer, size=1, arguments={"address": address}),
+        Job(run=trainer, size=1, arguments={"address": address, "route": route}),
         Job(run=server, size=2, arguments={"address": address, "fail_at": 3}),
     )
     (kind, text), second = trainers[0][0]

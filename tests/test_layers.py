@@ -18,19 +18,29 @@ PACKAGE = "weightbus"
 
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
-    1: ("errors", "box", "spec", "facts", "plan"),
+    1: ("errors", "box", "spec", "facts", "plan", "exports", "peer_plan", "runs"),
     2: (
         "part",
         "layout",
         "torch_dtensor",
         "torch_module",
+        "once",
+        "pieces",
+        "cuda_kernels",
+        "cuda_copy",
         "torch_copy",
+        "lanes",
+        "frozen",
         "bucket",
         "trace",
         "torch_trace",
         "install",
         "digest",
         "ledger",
+        "changes",
+        "perturbation",
+        "host_bytes",
+        "sha256",
     ),
     3: (
         "messages",
@@ -52,10 +62,19 @@ LAYERS = {
         "group",
         "torch_group",
         "broadcast",
+        "driver",
+        "kernel_copies",
+        "ipc",
+        "sharing",
+        "loopback",
+        "peer",
         "progress",
         "disk",
+        "joined",
+        "sha256_ranks",
+        "sha256_check",
     ),
-    4: ("client", "report", "ends", "turn", "session", "publisher", "subscriber"),
+    4: ("client", "report", "ends", "planned", "turn", "session", "publisher", "subscriber", "colocated"),
     5: ("cli", "operate", "metrics", "timeline", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -66,10 +85,10 @@ TORCH_FREE = (
     "weightbus.plan",
     "weightbus.protocol",
     "weightbus.hub",
-    "weightbus.disk",
     "weightbus.client",
     "weightbus.timeline",
     "weightbus.metrics",
+    "weightbus.disk",
     "weightbus.cli",
 )
 

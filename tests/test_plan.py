@@ -149,3 +149,66 @@ def test_replicated_boxes_are_shared_out():
     facts = {name: held for name in names for held in holding(name, shape=(64,)).values()}
     plan = plan_broadcast({0: facts, 1: facts}, [Want(replica=0, rank=0, facts=facts)], bucket_bytes=1 << 20)
     assert {transfer.src: transfer.nbytes for transfer in plan.transfers} == {0: 1024, 1: 1024}
+
+
+MIB = 1 << 20
+
+
+def waves_of(wants, *, dtype="bfloat16", in_place=True, sources=1, count=40, bucket_bytes=16 * MIB):
+    """Wave lengths of tensors of 8 MiB, each sent whole by one of the trainer ranks."""
+    shape = (2048, 2048)
+    specs = {f"t{i}": Spec(name=f"t{i}", dtype=dtype, shape=shape) for i in range(count)}
+    held = [
+        {
+            name: Holding(
+                spec=spec, boxes=(Box.whole(shape),) if i % sources == rank else (), in_place=in_place
+            )
+            for i, (name, spec) in enumerate(specs.items())
+        }
+        for rank in range(sources)
+    ]
+    asked = [
+        Want(
+            replica=0,
+            rank=rank,
+            facts={
+                name: Holding(
+                    spec=Spec(name=name, dtype="bfloat16", shape=shape), boxes=(box,), in_place=in_place
+                )
+                for name in specs
+            },
+        )
+        for rank, box in enumerate(wants)
+    ]
+    plan = plan_broadcast(dict(enumerate(held)), asked, bucket_bytes=bucket_bytes)
+    assert sum(t.nbytes for t in plan.transfers) == count * 8 * MIB
+    return [sum(t.nbytes for t in wave) for wave in plan.waves]
+
+
+WHOLE = (Box.whole((2048, 2048)),)
+ROW_HALVES = [Box((0, 0), (1024, 2048)), Box((1024, 0), (1024, 2048))]
+COLUMN_HALVES = [Box((0, 0), (2048, 1024)), Box((0, 1024), (2048, 1024))]
+
+
+def test_waves_are_long_where_no_rank_needs_a_bucket():
+    waves = waves_of(WHOLE)
+    assert max(waves) > 64 * MIB
+    assert waves[0] <= 16 * MIB  # the link starts soon
+    assert waves[-1] <= 16 * MIB  # and what comes last is soon installed
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"wants": COLUMN_HALVES},
+        {"wants": ROW_HALVES},
+        {"wants": WHOLE, "dtype": "float32"},
+        {"wants": WHOLE, "in_place": False},
+        {"wants": WHOLE, "sources": 2},
+    ],
+    ids=["columns", "rows of others", "casts", "strided", "two senders"],
+)
+def test_waves_are_no_longer_than_a_bucket_elsewhere(job):
+    waves = waves_of(**job)
+    assert max(waves) <= 16 * MIB
+    assert min(waves[2:-1]) >= 1 * MIB

@@ -41,6 +41,13 @@ class Box:
             for o, base, n in zip(self.offsets, outer.offsets, self.sizes, strict=True)
         )
 
+    def runs_in(self, outer: Box) -> bool:
+        """Whether this box lies in ``outer``, and its elements are neighbours in a row-major array of that."""
+        if self.intersect(outer) != self:
+            return False
+        axis = next((a for a, n in enumerate(self.sizes) if n > 1), len(self.sizes))
+        return self.sizes[axis + 1 :] == outer.sizes[axis + 1 :]
+
     def inside(self, shape: Sequence[int]) -> bool:
         return len(shape) == len(self.sizes) and all(
             o >= 0 and n >= 0 and o + n <= whole

@@ -1,107 +1,156 @@
-"""The broadcast route: replay compiled steps through a process group. No decisions are made here."""
+"""The broadcast route: replay compiled waves through a process group. No decisions are made here."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
-from weightbus.bucket import Compiled, Step
+from weightbus.bucket import Compiled, Wave
 from weightbus.group import Group
 from weightbus.install import Hook
-
-# Transfers that have started and not been finished: enough to keep the link busy, few enough that
-# an end is noticed soon.
-IN_FLIGHT = 4
+from weightbus.lanes import Lanes, Mark, wait_for
+from weightbus.ledger import Ledger
 
 
 class Broadcast:
-    """One rank's execution of one plan."""
+    """One rank's execution of one plan.
 
-    def __init__(self, compiled: Compiled, group: Group, hooks: dict[str, Hook]) -> None:
-        self.compiled, self.group, self.hooks = compiled, group, hooks
+    On CUDA all is put into lanes at once, ordered by events alone, and the host then waits for the marks. On
+    the CPU the group's own thread sends some waves while the host packs, installs and digests others.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        group: Group,
+        lanes: Lanes,
+        hooks: Mapping[str, Hook],
+        sent: Ledger,
+        live: Ledger,
+    ) -> None:
+        self.compiled, self.group, self.lanes, self.hooks = compiled, group, lanes, hooks
+        self.sent, self.live = sent, live
         self.wrote = False
+        self._ended: list[Mark] = []
+        self._digested: dict[int, Mark] = {}
+        # Told the name of a stage and when a piece of it began, at its end; on CUDA the host's time.
+        self.clock: Callable[[str, float], None] = lambda stage, begun: None
 
     def run(
         self,
+        seed: bytes | None,
+        *,
         check: Callable[[], None],
-        packed: Callable[[int], None],
-        arrived: Callable[[str], None],
         progress: Callable[[int], None],
-        clock: Callable[[str, float], None] = lambda stage, begun: None,
+        meanwhile: Callable[[], None] = lambda: None,
+        after: Mark = None,
+        pause_s: float = 0.0,
     ) -> None:
-        """Send, receive and install everything; on CUDA in the order of the current stream.
+        """Send, receive and install everything; returns once it is in place.
 
-        check: raises once the update has ended elsewhere. packed: a step's buffer, sent by this
-        rank, is filled. arrived: a tensor with a hook is whole, and its hook runs next.
-        progress: told the bytes of each finished step. clock: told when each piece of a stage began,
-        at its end.
+        seed: digest both ends under it, as they come; ``collect`` on both ledgers waits for the sums.
+        check: raises once the update has ended elsewhere. meanwhile: called once, while bytes move.
+        progress: told the bytes of each finished wave. after: the source is ready then. pause_s: of the
+        host between two looks at what is done.
         """
-        pending: deque[tuple[Step, Any]] = deque()
-
-        def finish() -> None:
-            step, work = pending.popleft()
-            begun = time.monotonic()
-            self.group.wait(work, check)
-            clock("send", begun)
-            begun = time.monotonic()
-            step.unpack.run()
-            for name in step.assembled:
-                self._install(name, arrived)
-            clock("install", begun)
-            progress(step.buffer.numel())
-
-        for index, step in enumerate(self.compiled.steps):
-            while len(pending) >= IN_FLIGHT or (
-                step.bucket is not None and any(step.bucket == other.bucket for other, _ in pending)
-            ):
-                finish()
-            check()
-            if step.src == self.group.rank:
-                begun = time.monotonic()
-                step.pack.run()
-                clock("pack", begun)
-                packed(index)
-            self.wrote = True
-            begun = time.monotonic()
-            pending.append((step, self.group.broadcast(step.buffer, step.src)))
-            clock("send", begun)
-        while pending:
-            finish()
-        for name in self.compiled.whole.keys() - {n for s in self.compiled.steps for n in s.assembled}:
-            self._install(name, arrived)
-
-    def _install(self, name: str, arrived: Callable[[str], None]) -> None:
-        arrived(name)
-        self.hooks[name].run(self.compiled.whole[name])
-
-
-@contextmanager
-def on_side_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA, run the body on a stream of its own, after the current one and before what follows."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device):
-        current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
+        lanes, compiled = self.lanes, self.compiled
+        lanes.begin(after)
         try:
-            with torch.cuda.stream(side):
-                yield
+            ahead = 0 if lanes.overlap else compiled.depth - 1
+            pending: deque[tuple[int, Wave, list[Any], Mark]] = deque()
+            for index, wave in enumerate(compiled.waves):
+                check()
+                pending.append((index, wave, *self._start(index, wave, seed)))
+                if index == 0 and not lanes.overlap:
+                    meanwhile()
+                while len(pending) > ahead:
+                    self._finish(*pending.popleft(), seed, check, progress)
+            while pending:
+                self._finish(*pending.popleft(), seed, check, progress)
+            with lanes.install:
+                for name in compiled.whole.keys() - compiled.last.keys():  # tensors without elements
+                    self._install(name, seed)
+            if seed:
+                self.sent.prepare(seed)
+                self.live.prepare(seed)
+            if lanes.overlap:
+                meanwhile()
+                for wave, mark in zip(compiled.waves, self._ended, strict=True):
+                    wait_for(mark, check, pause_s=pause_s)
+                    progress(wave.nbytes)
+                wait_for(lanes.install.mark(), check, pause_s=pause_s)
         finally:
-            current.wait_stream(side)
+            lanes.end()
 
+    def _start(self, index: int, wave: Wave, seed: bytes | None) -> tuple[list[Any], Mark]:
+        """Fill this rank's bucket and start the transfers; what to wait for."""
+        lanes, earlier = self.lanes, index - self.compiled.depth
+        free = self._ended[earlier] if earlier >= 0 else None
+        packed = None
+        if wave.pack:
+            with lanes.pack:
+                lanes.pack.after(free)
+                lanes.pack.after(self._digested.get(earlier))
+                begun = time.monotonic()
+                wave.pack.run()
+                self.clock("pack", begun)
+            packed = lanes.pack.mark()
+            lanes.send.after(packed)
+        elif wave.staged or self.compiled.whole:
+            lanes.send.after(free)
+        self.wrote = True
+        begun = time.monotonic()
+        with lanes.send:
+            works = self.group.broadcast([(step.buffer, step.src) for step in wave.steps])
+        sent = lanes.send.mark()
+        self.clock("send", begun)
+        if seed:
+            begun = time.monotonic()
+            with lanes.digest:
+                lanes.digest.after(packed)
+                if self.sent.launch(index, seed):
+                    self._digested[index] = lanes.digest.mark()
+            self.clock("digest", begun)
+        return works, sent
 
-def synchronise(device: torch.device, check: Callable[[], None]) -> None:
-    """Wait until the current stream has done all of it; ``check`` is called meanwhile."""
-    if device.type != "cuda":
-        return
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    while not event.query():  # type: ignore[no-untyped-call]
-        check()
+    def _finish(
+        self,
+        index: int,
+        wave: Wave,
+        works: list[Any],
+        sent: Mark,
+        seed: bytes | None,
+        check: Callable[[], None],
+        progress: Callable[[int], None],
+    ) -> None:
+        """Install what has come."""
+        lanes = self.lanes
+        with lanes.install:
+            lanes.install.after(sent)
+            begun = time.monotonic()
+            for work in works:
+                self.group.wait(work, check)
+            self.clock("send", begun)
+            begun = time.monotonic()
+            wave.unpack.run()
+            if wave.unpack.to_host:
+                lanes.install.stream.synchronize()
+            for name in wave.assembled:
+                self._install(name, seed)
+        self._ended.append(lanes.install.mark())
+        self.clock("install", begun)
+        if seed:
+            begun = time.monotonic()
+            with lanes.digest:
+                lanes.digest.after(self._ended[index])
+                self.live.launch(index, seed)
+            self.clock("digest", begun)
+        if not lanes.overlap:
+            progress(wave.nbytes)
+
+    def _install(self, name: str, seed: bytes | None) -> None:
+        if seed:
+            self.live.launch(name, seed)
+        self.hooks[name].run(self.compiled.whole[name])

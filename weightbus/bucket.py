@@ -6,7 +6,7 @@ goes through a ring of staging buckets. Every view is made here, so that a repla
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,49 +17,49 @@ from weightbus.install import Target
 from weightbus.layout import Part
 from weightbus.plan import SLOT_ALIGN, Plan, Slot, Transfer
 from weightbus.spec import Spec
-from weightbus.torch_copy import copy_all
-
-
-@dataclass(slots=True)
-class Copies:
-    """Pairs of views of equal shape, copied (and cast) together."""
-
-    dst: list[Tensor] = field(default_factory=list)
-    src: list[Tensor] = field(default_factory=list)
-
-    def add(self, dst: Tensor, src: Tensor) -> None:
-        self.dst.append(dst)
-        self.src.append(src)
-
-    def run(self) -> None:
-        if self.dst:
-            copy_all(self.dst, self.src)
+from weightbus.torch_copy import Copies
 
 
 @dataclass(slots=True, kw_only=True)
 class Step:
     """One transfer on this rank.
 
-    buffer: uint8, in a bucket or in place. bucket: which bucket, None if in place.
-    boxes: what the buffer holds, by tensor and box, in the wire's dtype.
-    assembled: tensors with hooks that are whole once this step has been unpacked.
+    buffer: uint8, in a bucket (``staged``) or in place.
+    boxes: what the buffer holds, by tensor and box: in the wire's dtype as it travels, and, on the rank
+    that sends it, as it lies in the source.
     """
 
     src: int
     buffer: Tensor
-    bucket: int | None
-    boxes: list[tuple[str, Box, Tensor]] = field(default_factory=list)
+    staged: bool
+    boxes: list[tuple[str, Box, Tensor, Tensor | None]] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class Wave:
+    """Transfers that start together. pack: into the bucket, before; unpack: out of it, after.
+
+    staged: whether a bucket is used. assembled: tensors with hooks that are whole once this wave has been
+    unpacked. nbytes: of all transfers.
+    """
+
+    steps: list[Step] = field(default_factory=list)
     pack: Copies = field(default_factory=Copies)
     unpack: Copies = field(default_factory=Copies)
     assembled: list[str] = field(default_factory=list)
+    staged: bool = False
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """All steps, and for each tensor with a hook the whole tensor that the hook will take."""
+    """This rank's waves. whole: for each tensor with a hook, the whole tensor that the hook will take.
+    last: for each tensor, the wave that brings the last of it. depth: how many waves may be under way."""
 
-    steps: list[Step]
+    waves: list[Wave]
     whole: dict[str, Tensor]
+    last: dict[str, int]
+    depth: int
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -80,18 +80,21 @@ def _typed(buffer: Tensor, slot: Slot, spec: Spec) -> Tensor:
     return raw.view(dtype).view(slot.box.sizes)
 
 
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
+
+
 class Staging:
     """All staging memory of a rank, allocated when a plan is compiled and kept: a ring of buckets,
     and an arena in which tensors with hooks are put together."""
 
     def __init__(self, device: torch.device, num_buckets: int) -> None:
-        self._device = device
-        self._num_buckets = num_buckets
+        self.device, self.num_buckets = device, num_buckets
         self._ring: list[Tensor] = []
         self._arena = self._empty(0)
 
     def _empty(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +103,7 @@ class Staging:
     def ring(self, bucket_bytes: int) -> list[Tensor]:
         if bucket_bytes and (not self._ring or self._ring[0].nbytes < bucket_bytes):
             self._ring.clear()
-            self._ring = [self._empty(bucket_bytes) for _ in range(self._num_buckets)]
+            self._ring = [self._empty(bucket_bytes) for _ in range(self.num_buckets)]
         return self._ring
 
     def arena(self, nbytes: int) -> Tensor:
@@ -111,7 +114,7 @@ class Staging:
 
 
 class _Ends:
-    """What this rank can send from and receive into, by wire name and box."""
+    """What this rank reads from its source and writes to its target, as views of boxes."""
 
     def __init__(
         self,
@@ -120,11 +123,13 @@ class _Ends:
         source: Mapping[str, Sequence[Part]],
         target: Target | None,
         whole: Mapping[str, Tensor],
+        device: torch.device,
     ) -> None:
-        self.plan, self.rank, self.source, self.target, self.whole = plan, rank, source, target, whole
+        self.plan, self.rank, self.device = plan, rank, device
+        self.source, self.target, self.whole = source, target, whole
 
     def reads(self, spec: Spec, box: Box) -> Tensor:
-        """The view of ``box`` in the one part that holds all of it: a plan sends what was told."""
+        """``box`` in the one part that holds all of it: a plan sends what was told."""
         part = next(part for part in self.source[spec.name] if part.box.intersect(box) == box)
         return part.tensor[box.within(part.box)]
 
@@ -147,78 +152,98 @@ class _Ends:
                 return None
             view = writes[0][0]
         plain = view.is_contiguous() and not view.is_conj() and not view.is_neg()
-        return view if plain and view.dtype == torch_dtype(spec.dtype) else None
+        fits = view.dtype == torch_dtype(spec.dtype) and view.device == self.device
+        return view if plain and fits else None
 
 
-def compile_steps(
+def compile_waves(
     plan: Plan,
     rank: int,
     *,
     source: Mapping[str, Sequence[Part]],
     target: Target | None,
     staging: Staging,
-    in_flight: int,
 ) -> Compiled:
-    """This rank's steps of ``plan``, one for each transfer.
+    """This rank's part of ``plan``: a step for each transfer, in the plan's waves.
 
     source: the parts that this rank can send. target: where it installs; None on trainer ranks.
-    in_flight: how many steps may have started and not ended.
+    As many waves may be under way as there are buckets: a wave may start once the one that many
+    before it has ended.
     """
-    whole = _place_whole(plan, target, staging, in_flight)
-    ends = _Ends(plan, rank, source, target, whole)
-    places = [ends.in_place(transfer) for transfer in plan.transfers]
-    staged = [t.nbytes for t, place in zip(plan.transfers, places, strict=True) if place is None]
+    spans = _spans(plan)
+    whole = _place_whole(plan, target, staging, spans)
+    ends = _Ends(plan, rank, source, target, whole, staging.device)
+    places = [[ends.in_place(transfer) for transfer in wave] for wave in plan.waves]
+    staged = [
+        sum(_aligned(t.nbytes) for t, place in zip(wave, row, strict=True) if place is None)
+        for wave, row in zip(plan.waves, places, strict=True)
+    ]
     ring = staging.ring(max(staged, default=0))
-    steps = []
+    waves = []
     used = 0
-    for transfer, place in zip(plan.transfers, places, strict=True):
-        if place is None:
-            bucket = used % len(ring)
-            used += 1
-            step = Step(src=transfer.src, buffer=ring[bucket][: transfer.nbytes], bucket=bucket)
-        else:
-            step = Step(src=transfer.src, buffer=as_bytes(place), bucket=None)
-        for slot in transfer.slots:
-            spec = plan.specs[slot.tensor]
-            view = _typed(step.buffer, slot, spec)
-            step.boxes.append((spec.name, slot.box, view))
-            if transfer.src == rank and place is None:
-                step.pack.add(view, ends.reads(spec, slot.box))
-            if place is None or transfer.src == rank:
-                for dst, inner in ends.writes(spec, slot.box):
-                    step.unpack.add(dst, view[inner.within(slot.box)])
-        steps.append(step)
-    for name, (_, last) in _spans(plan, whole).items():
-        steps[last].assembled.append(name)
-    return Compiled(steps=steps, whole=whole)
+    for transfers, row, room in zip(plan.waves, places, staged, strict=True):
+        wave = Wave(staged=room > 0, nbytes=sum(transfer.nbytes for transfer in transfers))
+        offset = 0
+        for transfer, place in zip(transfers, row, strict=True):
+            if place is None:
+                buffer = ring[used % len(ring)][offset : offset + transfer.nbytes]
+                offset += _aligned(transfer.nbytes)
+            else:
+                buffer = as_bytes(place)
+            wave.steps.append(_step(ends, wave, transfer, buffer, staged=place is None))
+        used += wave.staged
+        waves.append(wave)
+    last = {name: final for name, (_, final) in spans.items()}
+    for name in whole.keys() & last.keys():
+        waves[last[name]].assembled.append(name)
+    return Compiled(waves=waves, whole=whole, last=last, depth=staging.num_buckets)
 
 
-def _spans(plan: Plan, names: Container[str]) -> dict[str, tuple[int, int]]:
-    """The first and last transfer of each tensor."""
+def _step(ends: _Ends, wave: Wave, transfer: Transfer, buffer: Tensor, *, staged: bool) -> Step:
+    step = Step(src=transfer.src, buffer=buffer, staged=staged)
+    sends = transfer.src == ends.rank
+    for slot in transfer.slots:
+        spec = ends.plan.specs[slot.tensor]
+        view = _typed(buffer, slot, spec)
+        origin = ends.reads(spec, slot.box) if sends else None
+        step.boxes.append((spec.name, slot.box, view, origin))
+        if origin is not None and staged:
+            wave.pack.add(view, origin)
+        if staged or sends:
+            for dst, inner in ends.writes(spec, slot.box):
+                wave.unpack.add(dst, view[inner.within(slot.box)])
+    return step
+
+
+def _spans(plan: Plan) -> dict[str, tuple[int, int]]:
+    """The first and last wave of each tensor that has elements."""
     spans: dict[str, tuple[int, int]] = {}
-    for index, transfer in enumerate(plan.transfers):
-        for slot in transfer.slots:
-            name = plan.specs[slot.tensor].name
-            if name in names:
+    for index, wave in enumerate(plan.waves):
+        for transfer in wave:
+            for slot in transfer.slots:
+                name = plan.specs[slot.tensor].name
                 spans[name] = (spans.get(name, (index, 0))[0], index)
     return spans
 
 
-def _place_whole(plan: Plan, target: Target | None, staging: Staging, in_flight: int) -> dict[str, Tensor]:
+def _place_whole(
+    plan: Plan, target: Target | None, staging: Staging, spans: Mapping[str, tuple[int, int]]
+) -> dict[str, Tensor]:
     """A place in the arena for each tensor with a hook, shared by those that never meet in time."""
     if target is None or not target.hooks:
         return {}
     specs = {spec.name: spec for spec in plan.specs if spec.name in target.hooks}
-    places: list[tuple[int, int, int]] = []  # offset, end, last step that may still use it
+    places: list[tuple[int, int, int]] = []  # offset, end, last wave that may still use it
     offsets = {}
-    for name, (first, last) in sorted(_spans(plan, specs).items(), key=lambda item: item[1]):
-        nbytes = -(-specs[name].nbytes // SLOT_ALIGN) * SLOT_ALIGN
+    for name in sorted(specs.keys() & spans.keys(), key=lambda name: (spans[name], name)):
+        first, last = spans[name]
+        nbytes = _aligned(specs[name].nbytes)
         offset = 0
         for low, high, until in sorted(places):
             if until >= first and low < offset + nbytes and offset < high:
                 offset = high
-        # A transfer starts up to ``in_flight`` steps before the hook of an earlier one has run.
-        places.append((offset, offset + nbytes, last + in_flight))
+        # A wave starts up to ``num_buckets`` waves before the hook of an earlier one has run.
+        places.append((offset, offset + nbytes, last + staging.num_buckets - 1))
         offsets[name] = offset
     arena = staging.arena(max((end for _, end, _ in places), default=0))
     return {

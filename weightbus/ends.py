@@ -10,6 +10,7 @@ from typing import Literal
 from weightbus import messages as m
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.facts import Holding, encode_facts, facts_id
+from weightbus.frozen import Frozen, Where
 from weightbus.install import NameMap, Target, Traces
 from weightbus.layout import Layout, Source, layout_of
 from weightbus.ledger import Ledger, Record, live_entries
@@ -27,13 +28,20 @@ class _End:
         self.source: Source = source if _rereadable(source) else list(source)  # type: ignore[arg-type]
         self.layout: Layout = layout_of(self.source)
         self._records: dict[str, Record] = {}
+        self._changed = False
 
     def refresh(self) -> bool:
         """Whether tensors have been replaced or moved since the layout was made; it is then made again."""
-        if self.layout.moved() is None:
+        if not self._changed and self.layout.moved() is None:
             return False
-        self.layout = layout_of(self.source)
+        self.layout, self._changed = layout_of(self.source), False
         return True
+
+    def changed(self) -> str | None:
+        """As ``Layout.changed``; the next ``refresh`` makes the layout again."""
+        name = self.layout.changed()
+        self._changed = name is not None
+        return name
 
     def _keys(self, modules: Sequence[str] | None) -> Sequence[str]:
         return modules if modules is not None else self.layout.modules or ("",)
@@ -55,18 +63,40 @@ class _End:
 class Origin(_End):
     """A trainer rank's source."""
 
-    def blob(self, modules: Sequence[str] | None) -> bytes:
-        """This rank's facts. Raises SpecError for a module that the source does not have."""
-        layout = self.layout.select(modules)
-        return encode_facts(
-            {
-                name: Holding(spec=spec, boxes=tuple(part.box for part in layout.parts[name]))
-                for name, spec in layout.specs.items()
-            }
-        )
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._told: tuple[Layout, dict[tuple[str, ...] | None, tuple[bytes, str]]] = self.layout, {}
+        self._frozen: Frozen | None = None
 
-    def facts_id(self, modules: Sequence[str] | None) -> str:
-        return facts_id(self.blob(modules))
+    def frozen(self, where: Where) -> Frozen:
+        """Memory for a copy of the source, kept as long as the layout is the same."""
+        if self._frozen is None or self._frozen.layout is not self.layout:
+            self._frozen = None  # before as much is allocated again
+            self._frozen = Frozen(self.layout, where)
+        return self._frozen
+
+    def facts(self, modules: Sequence[str] | None) -> tuple[bytes, str]:
+        """This rank's facts and their id, kept as long as the layout is the same.
+
+        Raises SpecError for a module that the source does not have.
+        """
+        if self._told[0] is not self.layout:
+            self._told = self.layout, {}
+        key = None if modules is None else tuple(modules)
+        if key not in self._told[1]:
+            layout = self.layout.select(modules)
+            blob = encode_facts(
+                {
+                    name: Holding(
+                        spec=spec,
+                        boxes=tuple(part.box for part in layout.parts[name]),
+                        in_place=all(part.tensor.is_contiguous() for part in layout.parts[name]),
+                    )
+                    for name, spec in layout.specs.items()
+                }
+            )
+            self._told[1][key] = blob, facts_id(blob)
+        return self._told[1][key]
 
     def jobs(self) -> list[m.Job]:
         """What was committed and can be checked: one job for each update that still counts."""
@@ -127,6 +157,7 @@ class Destination(_End):
         if record is None or any(other is not record for other in held) or record.seed != job.seed:
             version = record.version if record else "none"
             raise UpdateError(f"expected version {job.version}, got {version}; this rank is {self.state}")
+        self.changed()
         if self.refresh() or (record.target is not None and record.target.base is not self.layout):
             return self._relive(record, job)
         return record
@@ -135,7 +166,7 @@ class Destination(_End):
         """The record over storage that has moved since."""
         assert record.target is not None
         target = self.target(record.target.manifest, job.modules)
-        ledger = Ledger(live_entries(target, {}, record.group))
+        ledger = Ledger(live_entries(target, {}, record.group, {}))
         moved = replace(record, ledger=ledger, sums=ledger.sums.copy(), target=target)
         self.commit(moved, job.modules)
         return moved

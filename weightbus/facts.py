@@ -21,12 +21,14 @@ from weightbus.spec import ITEMSIZE, Spec
 class Holding:
     """The boxes of one tensor on one rank. The spec's dtype is the holder's own.
 
+    in_place: whether each box lies contiguous on this rank, so that a transfer may use its storage.
     why_arrived: why the server rank can only vouch for what arrived, not for what is live
     (an opaque hook installs it); empty where the boxes are live storage.
     """
 
     spec: Spec
     boxes: tuple[Box, ...]
+    in_place: bool = False
     why_arrived: str = ""
 
     @property
@@ -42,6 +44,7 @@ class _Row(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     dtype: str
     shape: tuple[int, ...]
     boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    in_place: bool
     why_arrived: str
 
 
@@ -57,6 +60,7 @@ def encode_facts(facts: Facts) -> bytes:
                 dtype=holding.spec.dtype,
                 shape=holding.spec.shape,
                 boxes=tuple((box.offsets, box.sizes) for box in holding.boxes),
+                in_place=holding.in_place,
                 why_arrived=holding.why_arrived,
             )
             for name, holding in facts.items()
@@ -81,7 +85,7 @@ def decode_facts(blob: bytes, sender: str) -> dict[str, Holding]:
             if len(box.offsets) != len(box.sizes) or not box.inside(row.shape):
                 raise SpecError(f"{row.name}: box {box} lies outside {list(row.shape)}; facts of {sender}")
         spec = Spec(name=row.name, dtype=row.dtype, shape=row.shape)
-        facts[row.name] = Holding(spec=spec, boxes=boxes, why_arrived=row.why_arrived)
+        facts[row.name] = Holding(spec=spec, boxes=boxes, in_place=row.in_place, why_arrived=row.why_arrived)
     return facts
 
 

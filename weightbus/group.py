@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from weightbus import torch_group
 from weightbus.errors import UpdateError
 from weightbus.link import Link
+from weightbus.loopback import Loopback
 from weightbus.store import HubStore
 
 # How long a wait for one transfer goes without looking at what the hub says.
@@ -22,12 +23,13 @@ class Group:
     """NCCL for CUDA, gloo for CPU; rendezvous through the hub. Collective: every member makes one."""
 
     def __init__(
-        self, link: Link, *, epoch: int, rank: int, size: int, device: torch.device, timeout_s: float
+        self, link: Link | Loopback, *, epoch: int, rank: int, size: int, device: torch.device, timeout_s: float
     ) -> None:
         self.epoch, self.rank, self.size, self.device = epoch, rank, size, device
         self._backend: Any = None
         if size == 1:
             return
+        assert isinstance(link, Link), "a process by itself is a group of one"
         self._store = HubStore(link, epoch, timeout_s)
         try:
             if device.type == "cuda":
@@ -38,21 +40,19 @@ class Group:
             self._store.close()
             raise
 
-    def broadcast(self, buffer: torch.Tensor, src: int) -> Any:
-        """Start a broadcast of ``buffer`` (uint8, contiguous) from group rank ``src``; returns its work."""
-        return None if self._backend is None else torch_group.broadcast(self._backend, buffer, src)
+    def broadcast(self, buffers: Sequence[tuple[torch.Tensor, int]]) -> list[Any]:
+        """Start broadcasts together, each of a buffer (uint8, contiguous) from a group rank.
+
+        Returns their works. On CUDA they are put into the current stream, and there are none.
+        """
+        return [] if self._backend is None else torch_group.broadcast(self._backend, buffers, self.device)
 
     def wait(self, work: Any, check: Callable[[], None]) -> None:
-        """CPU: until ``work`` is done. CUDA: the current stream waits for it, the host does not.
+        """Until ``work`` is done.
 
         check: called while waiting; raises once the update has ended.
         Raises UpdateError if the transfer failed.
         """
-        if work is None:
-            return
-        if self.device.type == "cuda":
-            work.wait()
-            return
         while not work.is_completed():
             with contextlib.suppress(RuntimeError):  # the slice is over, or what the wait below raises again
                 work.wait(_SLICE)

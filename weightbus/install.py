@@ -198,6 +198,8 @@ class Target:
             wire: Holding(
                 spec=spec,
                 boxes=(Box.whole(spec.shape),) if wire in opaque else tuple(box for box, _ in self.live(wire)),
+                in_place=all(part.tensor.is_contiguous() for part in self.parts.get(wire, ()))
+                and wire not in self.hooks,
                 why_arrived=opaque.get(wire, ""),
             )
             for wire, spec in self.specs.items()

@@ -18,7 +18,7 @@ from weightbus.spec import Spec
 from weightbus.torch_dtensor import is_dtensor, local_parts, local_tensor, mesh_position
 from weightbus.torch_module import Watch, reshard, tensors_of, walk
 
-__all__ = ["Layout", "Part", "Source", "layout_of", "rank_and_size"]
+__all__ = ["Layout", "Part", "Source", "layout_of", "named_tensors", "rank_and_size"]
 
 Source = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
 
@@ -86,9 +86,13 @@ class Layout:
     def moved(self) -> str | None:
         """A name whose tensor is no longer where its parts say, of the whole source; None if all are.
 
-        Milliseconds for tens of thousands of tensors. Puts FSDP2 modules back to their sharded parameters.
+        A few milliseconds for 20,000 tensors. Puts FSDP2 modules back to their sharded parameters.
         """
         return self.watch.moved()
+
+    def changed(self) -> str | None:
+        """As ``moved``, and a name whose tensor has another shape, strides or dtype at the same address."""
+        return self.watch.changed()
 
     def overlapping(self) -> list[tuple[str, str]]:
         """Pairs of names that share some memory without being tied; a name with itself if its elements do.
@@ -132,23 +136,10 @@ def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
     back to their sharded parameters.
     Raises SpecError for a name that is given twice, and for a tensor or placement that can't be moved.
     """
-    visits = [(top, *visit) for top, prefix, module in _modules_of(source) for visit in walk(module, prefix)]
-    reshard([module for _, _, module in visits])
-    rows = [
-        (top, name, tensor)
-        for top, prefix, module in visits
-        for name, tensor in tensors_of(prefix, module, persistent_only=persistent_only)
-    ]
-    if not isinstance(source, nn.Module | Mapping):
-        rows = [("", name, tensor) for name, tensor in _pairs_of(source)]
-
+    visits, rows = _walked(source, persistent_only=persistent_only)
     groups: dict[object, _Tied] = {}  # by the tensor's identity, and by the place of its elements
     tied: list[_Tied] = []
-    seen: set[str] = set()
     for top, name, tensor in rows:
-        if name in seen:
-            raise SpecError(f"{name}: expected each name once, got it twice")
-        seen.add(name)
         group = groups.get(id(tensor))
         if group is None:
             parts = local_parts(name, tensor)
@@ -178,6 +169,15 @@ def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
             persistent_only=persistent_only,
         ),
     )
+
+
+def named_tensors(source: Source, *, persistent_only: bool = True) -> dict[str, Tensor]:
+    """The live tensors as the source has them, in its own order, each tied one under all its names.
+
+    Names as in ``layout_of``; pairs are used up. Puts FSDP2 modules back to their sharded parameters.
+    Raises SpecError for a name that is given twice.
+    """
+    return {name: tensor for _, name, tensor in _walked(source, persistent_only=persistent_only)[1]}
 
 
 def rank_and_size(source: Source | Layout, rank: int | None = None, size: int | None = None) -> tuple[int, int]:
@@ -210,6 +210,27 @@ def rank_and_size(source: Source | Layout, rank: int | None = None, size: int | 
     if not 0 <= rank < size:
         raise SpecError(f"rank: expected 0 <= rank < size, got rank {rank} of size {size}; {where}")
     return rank, size
+
+
+def _walked(
+    source: Source, *, persistent_only: bool
+) -> tuple[list[tuple[str, str, nn.Module]], list[tuple[str, str, Tensor]]]:
+    """Each module and each tensor, with its top module's name and its own prefix or wire name."""
+    visits = [(top, *visit) for top, prefix, module in _modules_of(source) for visit in walk(module, prefix)]
+    reshard([module for _, _, module in visits])
+    rows = [
+        (top, name, tensor)
+        for top, prefix, module in visits
+        for name, tensor in tensors_of(prefix, module, persistent_only=persistent_only)
+    ]
+    if not isinstance(source, nn.Module | Mapping):
+        rows = [("", name, tensor) for name, tensor in _pairs_of(source)]
+    seen: set[str] = set()
+    for _, name, _ in rows:
+        if name in seen:
+            raise SpecError(f"{name}: expected each name once, got it twice")
+        seen.add(name)
+    return visits, rows
 
 
 def _environ_int(variable: str) -> int | None:

@@ -7,7 +7,7 @@ group digests of its own live storage: the sums of two shardings meet without ga
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from weightbus.box import Box
-from weightbus.digest import Digester, P, fold
+from weightbus.digest import Digester, NameKeys, P, fold_with
 from weightbus.facts import Facts
 from weightbus.install import Target
 from weightbus.layout import Part
@@ -23,9 +23,8 @@ from weightbus.spec import Spec
 
 Sums = npt.NDArray[np.uint64]
 
-# The stage of what is digested where it lives, once everything is in place. Other stages are a
-# step's index (its bucket is about to be reused) or a wire name (its hook is about to take it).
-LIVE = -1
+# When a part is digested: after this wave (a trainer's part is packed, a server's in place), or, by its
+# wire name, when it is whole and its hook is about to take it.
 Stage = int | str
 
 
@@ -54,14 +53,38 @@ class Ledger:
             self._digesters[stage] = rows, Digester([entry.part for entry in staged])
             first = rows.stop
         self.sums: Sums = np.zeros((len(self._entries), 2), dtype=np.uint64)
+        self._launched: list[tuple[slice, Callable[[], Sums]]] = []
+        self._names = NameKeys([entry.part.spec.name for entry in self._entries])
+        self._keys: tuple[bytes, Sums] = b"", self.sums
         self._nbytes = [entry.part.tensor.nbytes for entry in self._entries]
         self._selections: dict[tuple[int, tuple[str, ...] | None, bool], tuple[list[int], list[str], int]] = {}
 
-    def digest(self, stage: Stage, seed: bytes) -> None:
-        """Digest what belongs to ``stage``, as it lies now."""
-        if stage in self._digesters:
-            rows, digester = self._digesters[stage]
-            self.sums[rows] = digester.sums(seed)
+    def launch(self, stage: Stage, seed: bytes) -> bool:
+        """Start to digest what belongs to ``stage``, on the current stream; whether there is anything."""
+        if stage not in self._digesters:
+            return False
+        rows, digester = self._digesters[stage]
+        self._launched.append((rows, digester.launch(seed)))
+        return True
+
+    def collect(self) -> None:
+        """Wait for what was launched, and take it into ``sums``."""
+        for rows, result in self._launched:
+            self.sums[rows] = result()
+        self._launched.clear()
+
+    def digest_live(self, seed: bytes) -> None:
+        """Digest everything that lies in live storage, as it lies now."""
+        self._launched.clear()
+        for stage in self._digesters:
+            if isinstance(stage, int):
+                self.launch(stage, seed)
+        self.collect()
+
+    def prepare(self, seed: bytes) -> None:
+        """Work out what ``fold`` needs under this seed, while there is time."""
+        if self._keys[0] != seed:
+            self._keys = seed, self._names.under(seed)
 
     @property
     def groups(self) -> list[int]:
@@ -94,8 +117,9 @@ class Ledger:
         live_only: bool = False,
     ) -> tuple[tuple[int, int], int]:
         """Folded sums and digested bytes of a group's tensors. sums: as ``self.sums`` was at some time."""
-        rows, names, nbytes = self._select(group, modules, live_only)
-        return fold(names, sums[rows], seed), nbytes
+        rows, _, nbytes = self._select(group, modules, live_only)
+        self.prepare(seed)
+        return fold_with(self._keys[1][rows], sums[rows]), nbytes
 
     def by_tensor(
         self, sums: Sums, group: int, modules: Sequence[str] | None = None, *, live_only: bool = False
@@ -152,10 +176,15 @@ def sent_entries(
     ]
 
 
-def live_entries(target: Target, whole: Mapping[str, Tensor], group: int) -> list[Entry]:
-    """Entries of a server rank: its live storage under wire names, and what its opaque hooks are given."""
+def live_entries(
+    target: Target, whole: Mapping[str, Tensor], group: int, stages: Mapping[str, int]
+) -> list[Entry]:
+    """Entries of a server rank: its live storage under wire names, and what its opaque hooks are given.
+
+    stages: of each wire name, the wave after which it is in place; the first where it is not said.
+    """
     entries = [
-        Entry(part=Part(spec=spec, box=box, tensor=view), stage=LIVE, groups=(group,))
+        Entry(part=Part(spec=spec, box=box, tensor=view), stage=stages.get(wire, 0), groups=(group,))
         for wire, spec in target.specs.items()
         for box, view in target.live(wire)
         if box.volume

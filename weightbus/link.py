@@ -72,8 +72,15 @@ class Connection:
         except zmq.Again as error:
             raise NotSent(f"could not send {type(message).__name__} to {self.address}") from error
 
-    def receive(self, timeout_s: float) -> wire.FromHub | None:
-        """The next message, or None after ``timeout_s``. Raises ProtocolError."""
+    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> wire.FromHub | None:
+        """The next message, or None after ``timeout_s``. Raises ProtocolError.
+
+        spin_s: how long to look again and again before waiting, which is woken up late.
+        """
+        if spin_s:
+            until = time.monotonic() + min(spin_s, timeout_s)
+            while not self._socket.poll(0) and time.monotonic() < until:
+                pass
         if not self._socket.poll(max(0, round(timeout_s * 1000))):
             return None
         return wire.decode_from_hub(self._socket.recv_multipart())
@@ -237,7 +244,7 @@ class Link:
     def send(self, message: m.Message) -> None:
         self._connection.send(message, self.peer)
 
-    def receive(self, timeout_s: float) -> wire.FromHub | None:
+    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> wire.FromHub | None:
         """The next message, or None after ``timeout_s``. Raises HubLost until ``rejoin`` succeeds."""
         if self._inbox:
             return self._inbox.popleft()
@@ -246,7 +253,8 @@ class Link:
             if self._lost:
                 raise HubLost(self._lost)
             left = deadline - time.monotonic()
-            answer = self._connection.receive(min(0.5, max(0.0, left)))
+            answer = self._connection.receive(min(0.5, max(0.0, left)), spin_s=spin_s)
+            spin_s = 0.0
             if isinstance(answer, m.Refused):
                 raise ProtocolError(f"the hub at {self.address} refused a message: {answer.reason}")
             if isinstance(answer, m.Alive):

@@ -212,20 +212,26 @@ class Offer(Message, tag="offer"):
 
 
 class Facts(Message, tag="facts"):
-    """What a member holds as trainer rank, and then, in a second message, wants as server rank."""
+    """What a member holds as trainer rank, and then, in a second message, wants as server rank.
+
+    memory: of a trainer rank, how others of its host can read what it holds; of a server rank, whether it
+    can read all of that.
+    """
 
     peer: Token
     update: Count
     blob: Blob
+    memory: Blob = b""
 
 
 class Gathered(Message, tag="gathered"):
-    """All members' facts of one kind: the distinct ones, and which of them is whose."""
+    """All members' facts of one kind: the distinct ones, which of them is whose, and each one's ``memory``."""
 
     update: Count
     of: FactsOf
     blobs: list[Blob]
     holder: dict[Rank, Count]
+    memory: dict[Rank, Blob] = {}
 
 
 class Ready(Message, tag="ready"):

@@ -1,7 +1,8 @@
 """Plans: which rank sends which boxes, in which transfers. Pure data, computed alike on every rank.
 
 The broadcast route: every element of the source is broadcast once, by one rank that holds it, to all
-ranks of the group; each server rank takes from it what it wants.
+ranks of the group; each server rank takes from it what it wants. Transfers that are started together
+are a wave: the larger a wave, the fewer the pauses of the link between them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,17 @@ SLOT_ALIGN = 16
 # A box of at least this size travels alone, so that either end may use its storage in place.
 # Smaller ones cost less to copy through a bucket than a transfer of their own costs.
 SOLO_BYTES = 1 << 20
+
+# Boxes that go through buckets are cut to this share of one, so that buckets of boxes of all sizes are full.
+PIECES_PER_BUCKET = 4
+
+# A wave may be so many times as long as a bucket, where the rest of it uses no bucket on any rank.
+BUCKETS_PER_WAVE = 16
+
+# The first waves are shorter, as the link stands still until the first one is packed and launched; and so are
+# the last ones, as what they bring has still to be installed and digested: each is half of what is left.
+FIRST_WAVES = (1 / 16, 1 / 4)
+LEAST_WAVE = 1 / 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +54,16 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """specs: the wire's (destination's dtypes), in order of their names' UTF-8 bytes."""
+    """specs: the wire's (destination's dtypes), in order of their names' UTF-8 bytes. waves: in the order
+    of their start, each of at most ``bucket_bytes``, the bytes between slots included."""
 
     specs: tuple[Spec, ...]
-    transfers: tuple[Transfer, ...]
+    waves: tuple[tuple[Transfer, ...], ...]
     fingerprint: str
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        return [transfer for wave in self.waves for transfer in wave]
 
     @property
     def nbytes(self) -> int:
@@ -66,45 +83,101 @@ class Want:
         return f"replica {self.replica} server rank {self.rank}"
 
 
-def plan_broadcast(sources: Mapping[int, Facts], wants: Sequence[Want], *, bucket_bytes: int) -> Plan:
+class _Waves:
+    """Waves being filled: the current one has a transfer for each large box, and for each sending rank
+    one bucket of small ones, which is closed with the wave."""
+
+    def __init__(self, bucket_bytes: int, total_bytes: int) -> None:
+        self.bucket_bytes = bucket_bytes
+        self._left_bytes = total_bytes
+        self.closed: list[tuple[Transfer, ...]] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._solo: list[Transfer] = []
+        self._slots: dict[int, list[Slot]] = {}
+        self._fill: dict[int, int] = {}
+        self._nbytes = self._staged_bytes = 0
+
+    def add(self, src: int, tensor: int, box: Box, nbytes: int, *, direct: bool, solo: bool) -> None:
+        """direct: no rank needs a bucket for it."""
+        room = -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
+        staged = 0 if direct else room
+        if self._nbytes + room > self._limit(BUCKETS_PER_WAVE) or self._staged_bytes + staged > self._limit(1):
+            self.close()
+        self._nbytes += room
+        self._staged_bytes += staged
+        if solo:
+            self._solo.append(Transfer(src, nbytes, (Slot(tensor, box, 0),)))
+        else:
+            offset = self._fill.get(src, 0)
+            self._slots.setdefault(src, []).append(Slot(tensor, box, offset))
+            self._fill[src] = offset + room
+
+    def _limit(self, buckets: int) -> float:
+        """Of the current wave, with a whole one of so many buckets."""
+        whole, turn = buckets * self.bucket_bytes, len(self.closed)
+        first = FIRST_WAVES[turn] if turn < len(FIRST_WAVES) else 1.0
+        return min(first * whole, max(LEAST_WAVE * whole, self._left_bytes / 2))
+
+    def close(self) -> None:
+        self._left_bytes -= self._nbytes
+        small = [Transfer(src, self._fill[src], tuple(slots)) for src, slots in self._slots.items()]
+        if self._solo or small:
+            self.closed.append((*self._solo, *small))
+        self._start()
+
+
+def plan_broadcast(
+    sources: Mapping[int, Facts], wants: Sequence[Want], *, bucket_bytes: int, in_place: bool = True
+) -> Plan:
     """Plan of the broadcast route.
 
     sources: for each group rank that sends, what it holds. wants: each server rank's.
-    bucket_bytes: no transfer is longer, so it bounds a staging bucket.
+    bucket_bytes: in each wave, what goes through buckets on any rank is no longer.
+    in_place: whether senders can use their storage, as far as they say so.
     Raises SpecError or CoverageError, naming tensor and ranks, where the two cannot be matched.
     """
     manifest = merge_sources(sources)
     check_wants(manifest, wants)
     specs = wire_specs(manifest, wants)
     lengths = dict.fromkeys(sources, 0)
-    open_slots: dict[int, list[Slot]] = {src: [] for src in sources}
-    fill = dict.fromkeys(sources, 0)
-    transfers: list[Transfer] = []
-
-    def flush() -> None:
-        for src, slots in open_slots.items():
-            if slots:
-                transfers.append(Transfer(src, fill[src], tuple(slots)))
-            open_slots[src], fill[src] = [], 0
-
+    piece_bytes = bucket_bytes // PIECES_PER_BUCKET
+    waves = _Waves(bucket_bytes, sum(spec.nbytes for spec in specs))
+    # With several senders, each of them needs a bucket for what the others send.
+    alone = in_place and len(sources) == 1
+    distinct = list({id(want.facts): want.facts for want in wants}.values())
     for index, spec in enumerate(specs):
         itemsize = ITEMSIZE[spec.dtype]
         for box, holders in _holders(spec.name, sources).items():
             src = min(holders, key=lambda rank: (lengths[rank], rank))
             lengths[src] += box.volume * itemsize
-            for piece in box.split(bucket_bytes // itemsize):
+            pieces = box.split(max(1, bucket_bytes // itemsize))
+            direct = alone and _direct(spec, sources[src][spec.name], pieces, distinct)
+            if not direct:
+                pieces = box.split(max(1, piece_bytes // itemsize))
+            for piece in pieces:
                 nbytes = piece.volume * itemsize
-                if nbytes >= SOLO_BYTES:
-                    transfers.append(Transfer(src, nbytes, (Slot(index, piece, 0),)))
-                    continue
-                if fill[src] + nbytes > bucket_bytes:
-                    # All sources flush together, so that the pieces of one tensor arrive close by.
-                    flush()
-                open_slots[src].append(Slot(index, piece, fill[src]))
-                fill[src] += -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
-    flush()
-    name = fingerprint([bucket_bytes, *specs, *transfers])
-    return Plan(specs=specs, transfers=tuple(transfers), fingerprint=name)
+                solo = nbytes >= min(SOLO_BYTES, piece_bytes)
+                waves.add(src, index, piece, nbytes, direct=direct and solo, solo=solo)
+    waves.close()
+    name = fingerprint([bucket_bytes, *specs, *waves.closed])
+    return Plan(specs=specs, waves=tuple(waves.closed), fingerprint=name)
+
+
+def _direct(wire: Spec, held: Holding, pieces: Sequence[Box], wants: Sequence[Facts]) -> bool:
+    """Whether every rank can use its own storage as the buffer of each piece."""
+    if not held.in_place or held.spec.dtype != wire.dtype:
+        return False
+    for facts in wants:
+        wanted = facts.get(wire.name)
+        if wanted is None or not wanted.in_place:
+            return False
+        for piece in pieces:
+            boxes = [box for box in wanted.boxes if box.intersect(piece)]
+            if len(boxes) != 1 or not piece.runs_in(boxes[0]):
+                return False
+    return True
 
 
 def _holders(name: str, sources: Mapping[int, Facts]) -> dict[Box, list[int]]:

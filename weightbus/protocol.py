@@ -271,12 +271,13 @@ class Coordinator:
     def _gathered(self, round: Round, of: m.FactsOf) -> m.Gathered:
         """Replicas want the same, so each distinct blob travels once."""
         blobs: dict[bytes, int] = {}
-        holder = {}
+        holder, memory = {}, {}
         for rank, peer in enumerate(round.members):
             answer = round.answers.get(peer)
             if isinstance(answer, m.Facts):
                 holder[rank] = blobs.setdefault(answer.blob, len(blobs))
-        return m.Gathered(update=round.update, of=of, blobs=list(blobs), holder=holder)
+                memory[rank] = answer.memory
+        return m.Gathered(update=round.update, of=of, blobs=list(blobs), holder=holder, memory=memory)
 
     def _go(self, round: Round, now: float) -> None:
         assert round.offer is not None

@@ -6,26 +6,35 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from types import TracebackType
+from typing import Literal, overload
 
 from weightbus import messages as m
 from weightbus.client import DEFAULT_ADDRESS
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
+from weightbus.frozen import Where
 from weightbus.hub import DEAD_AFTER_S
 from weightbus.keys import Keys, load_keys
 from weightbus.layout import Source, rank_and_size
 from weightbus.link import REJOIN_S
+from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Verdict
 from weightbus.session import Session
-from weightbus.turn import Progress
+from weightbus.turn import Progress, SourceCopy
 
 log = logging.getLogger("weightbus")
 
-# As few transfers as keep the pipe full, as little staging as is worth a thought.
-DEFAULT_BUCKET_BYTES = 64 << 20
+# A wave's bytes: enough that the link's pauses between waves do not count, little enough that the first
+# wave's packing and the last one's installing do not either.
+CUDA_BUCKET_BYTES = 256 << 20
+CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
+
+Route = Literal["auto", "peer", "broadcast"]
 
 
 class Publisher:
@@ -35,14 +44,20 @@ class Publisher:
         of (name, tensor). Plain tensors, or DTensors of any mesh and placement but ``Partial``.
     address: the hub's. rank, size: default from the model's device mesh, else torchrun's variables.
     min_replicas: an update waits until so many replicas of the server job are complete.
-    bucket_bytes, num_buckets: staging memory of each rank, in bytes, and the longest transfer.
+    bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; by default 2 buckets of
+        64 MiB on the CPU, of 256 MiB on CUDA. So much is sent together, or more where it needs no bucket.
+    route: ``auto`` takes ``peer`` (server ranks copy out of this rank's GPU memory, docs/peer.md) where all
+        ranks share a host and nothing has to be cast, else ``broadcast``; both can be asked for.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
     reconnect_timeout_s: to find a lost hub again, or another in its place, before a call fails; rank 0 starts
         one where none listens. dead_after_s: such a hub drops a rank whose heartbeats stop for so long.
     keys: a directory of CURVE keys (``weightbus keygen``), else of the environment; needed for an address
         that is not this host's alone, unless ``insecure=True`` (docs/security.md).
-    progress: called with (done, total) bytes; by default a bar on rank 0's terminal.
+    progress: called with (done, total) bytes as this rank moves them, which by the route ``peer`` it does
+        not; by default a bar on rank 0's terminal.
+    copy_to: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
+        ``host`` for pinned memory.
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
 
@@ -54,8 +69,9 @@ class Publisher:
         rank: int | None = None,
         size: int | None = None,
         min_replicas: int = 1,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
+        route: Route = "auto",
         connect_timeout_s: float = 60.0,
         join_timeout_s: float = 300.0,
         ready_timeout_s: float = 120.0,
@@ -65,32 +81,41 @@ class Publisher:
         keys: Keys | str | os.PathLike[str] | None = None,
         insecure: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        copy_to: Where = "device",
     ) -> None:
         if min_replicas < 1:
             raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
+        if route not in ROUTES:
+            raise SpecError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+        self._origin = Origin(source)
+        device = self._origin.layout.device
+        if bucket_bytes is None:
+            bucket_bytes = CUDA_BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
+        if copy_to not in ("device", "host"):
+            raise SpecError(f"copy_to: expected 'device' or 'host', got {copy_to!r}")
         if bucket_bytes < 1 << 10 or num_buckets < 1:
             raise SpecError(
                 f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
             )
-        self._origin = Origin(source)
         self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
-        self._min_replicas, self._bucket_bytes = min_replicas, bucket_bytes
+        self._min_replicas, self._bucket_bytes, self._route = min_replicas, bucket_bytes, route
         self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
-        self._progress = progress
+        self._progress, self._copy_to = progress, copy_to
+        self._background: ThreadPoolExecutor | None = None
+        self._pending: Future[Report] | None = None
         self.version: int | None = None
         self._closed = False
         self._task = ""
+        self._tasks: list[m.Task] = []
         keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
-        self._session = Session.open(
-            address, self._origin.layout.device, num_buckets, keys, reconnect_timeout_s
-        )
+        self._session = Session.open(address, device, num_buckets, keys, reconnect_timeout_s)
         try:
             self._session.link.join(
                 role="trainer",
                 rank=self.rank,
                 size=self.size,
                 replica=0,
-                device=self._origin.layout.device.type,
+                device=device.type,
                 timeout_s=connect_timeout_s,
                 start_hub_dead_after_s=dead_after_s if self.rank == 0 else None,
             )
@@ -99,23 +124,75 @@ class Publisher:
             raise
         self._session.origin = self._origin
 
-    def update(self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None) -> Report:
+    @overload
+    def update(
+        self,
+        version: int,
+        *,
+        verify: bool = True,
+        modules: Sequence[str] | None = None,
+        wait: Literal[True] = True,
+    ) -> Report: ...
+
+    @overload
+    def update(
+        self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: Literal[False]
+    ) -> Future[Report]: ...
+
+    def update(
+        self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: bool = True
+    ) -> Report | Future[Report]:
         """Send the source's tensors to all complete replicas; returns once they are committed.
 
         Collective over trainer ranks, with equal arguments. The source must not change until it returns.
         version: an integer above the last one committed. modules: names of a mapping source's modules;
         all by default. verify: digest both ends, and commit only if all sums match.
+        wait: if False, the source is copied (see ``copy_to``) in the order of the current stream, and may
+        change at once; the returned future has the report, or raises. Calls that follow wait for it first.
         Raises UpdateError if nothing was written (the text names each rank and reason), TornError if
         server ranks were left with a mixture, HubError if the hub is lost.
         """
         begun = time.monotonic()
-        bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
-        progress = Progress(report=self._progress or bar)
-        try:
-            outcome = self._session.call(self._enter("update", version, modules, verify), progress)
-        finally:
-            if bar:
-                bar.close()
+        self._settle()
+        if not wait and self._origin.refresh():
+            self._session.forget_plans()
+        enter = self._enter("update", version, modules, verify, "live" if wait else self._copy_to)
+        if wait:
+            bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
+            try:
+                report = self._send(enter, begun, self._progress or bar, None)
+            finally:
+                if bar:
+                    bar.close()
+            self._run_tasks()
+            return report
+        if self._session.destination is not None:
+            raise UpdateError("wait: expected True, got False: this process serves the weights that it updates")
+        copied = None
+        if not enter.refusal:
+            frozen = self._origin.frozen(self._copy_to)
+            copied = SourceCopy(frozen=frozen, filled=frozen.fill(modules))
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, "weightbus-update")
+        self._pending = self._background.submit(self._send, enter, begun, self._progress, copied)
+        return self._pending
+
+    def _settle(self) -> None:
+        """Wait for the update in the background; what became of it is its future's to say."""
+        if self._pending is not None:
+            wait_for_futures([self._pending])
+            self._pending = None
+            self._run_tasks()
+
+    def _send(
+        self,
+        enter: m.Enter,
+        begun: float,
+        on_progress: Callable[[int, int], None] | None,
+        copied: SourceCopy | None,
+    ) -> Report:
+        progress, version = Progress(report=on_progress), enter.version
+        outcome = self._session.call(enter, progress, copied)
         seconds = time.monotonic() - begun
         if not outcome.ok:
             reasons = "\n  ".join(["", *map(str, outcome.failures)])
@@ -136,11 +213,12 @@ class Publisher:
             servers=outcome.servers,
             replicas=tuple(outcome.replicas),
             arrived=outcome.arrived,
+            route=progress.choice.route if progress.choice else "",
+            route_reason=progress.choice.reason if progress.choice else "",
         )
         if self.rank == 0:
             log.info("%s", report)
-        for task in outcome.tasks:
-            self._run(task)
+        self._tasks += outcome.tasks
         return report
 
     def poll(self) -> bool:
@@ -150,10 +228,16 @@ class Publisher:
         way, and waits for a rank that lags by more than one poll, 10 s at most. What becomes of the request,
         errors included, is the client's answer.
         """
+        self._settle()
         task = self._session.poll()
         if task is not None:
             self._run(task)
         return task is not None
+
+    def _run_tasks(self) -> None:
+        """What came with an update's outcome, the same on all trainer ranks."""
+        while self._tasks:
+            self._run(self._tasks.pop(0))
 
     def _run(self, task: m.Task) -> None:
         """One request. An update or check that fails is the client's matter; the next update mends it."""
@@ -168,7 +252,6 @@ class Publisher:
                 enter = self._enter("label", version, None, False)
                 if self._session.call(enter, Progress()).ok:
                     self.version = version
-                    self._origin.label(version)
         except UpdateError as error:
             log.warning("asked for: %s", error)
         finally:
@@ -180,6 +263,7 @@ class Publisher:
         Collective over trainer ranks. The source may have moved on: its sums were kept at the commit.
         Raises UpdateError if no verified update has been committed, or if a rank could not answer.
         """
+        self._settle()
         if not self._origin.jobs():
             raise UpdateError("check: expected a version committed by update(verify=True), got none")
         begun = time.monotonic()
@@ -200,12 +284,12 @@ class Publisher:
             seconds=time.monotonic() - begun,
         )
 
-    def _enter(self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool) -> m.Enter:
+    def _enter(
+        self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool, sent: str = "live"
+    ) -> m.Enter:
         facts = refusal = ""
         try:
-            if self._origin.refresh():
-                self._session.forget_plans()
-            facts = self._origin.facts_id(modules)
+            _, facts = self._origin.facts(modules)
         except WeightbusError as error:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
             refusal = str(error)
@@ -213,6 +297,7 @@ class Publisher:
         if kind == "check" and not jobs:
             refusal = "check: expected a version committed by update(verify=True), got none"
         join_s, ready_s, transfer_s = self._timeouts
+        settings = Settings(bucket_bytes=self._bucket_bytes, route=self._route, source=sent)
         return m.Enter(
             peer=self._session.link.peer,
             kind=kind,
@@ -220,7 +305,7 @@ class Publisher:
             modules=None if modules is None else list(modules),
             verify=verify,
             facts=facts,
-            settings=str(self._bucket_bytes),
+            settings=str(settings),
             min_replicas=self._min_replicas,
             join_s=join_s,
             ready_s=ready_s,
@@ -231,9 +316,15 @@ class Publisher:
         )
 
     def close(self) -> None:
-        """Leave the hub. When the last trainer rank has left, the servers' ``serve`` returns."""
+        """Leave the hub, once an update in the background has ended.
+
+        When the last trainer rank has left, the servers' ``serve`` returns.
+        """
         if not self._closed:
             self._closed = True
+            self._settle()
+            if self._background is not None:
+                self._background.shutdown()
             self._session.close("trainer")
 
     def __enter__(self) -> Publisher:

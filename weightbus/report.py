@@ -54,7 +54,7 @@ class Report:
     word: ``verified``, ``arrived`` (all arrived, some of it behind hooks) or ``unverified`` (not asked
     for). arrived: as in Verdict. nbytes: of the tensors in the wire's dtypes. seconds: from the call to
     the commit on all ranks. stages: seconds of this rank's parts of it. staging_bytes: this rank's staging
-    memory.
+    memory. route: how the bytes went, ``broadcast``, ``peer`` or ``local``; route_reason: why so.
     """
 
     word: str
@@ -69,16 +69,23 @@ class Report:
     servers: int
     replicas: tuple[int, ...]
     arrived: Mapping[str, str]
+    route: str
+    route_reason: str
 
     @property
     def verified(self) -> bool:
         return self.word == "verified"
 
+    @property
+    def transfer_share(self) -> float:
+        """Of ``seconds``, in which bytes moved; the rest is control and what is left of digests."""
+        return self.stages.get("transfer", 0.0) / self.seconds
+
     def __str__(self) -> str:
         return (
             f"{self.word} version {self.version}: {_count(self.tensors, 'tensor')}, "
             f"{_bytes(self.nbytes)} in {self.seconds:.3f} s, {self.nbytes / self.seconds / 1e9:.2f} GB/s, "
-            f"{_count(self.trainers, 'trainer rank')} to {_count(self.servers, 'server rank')}"
+            f"{_count(self.trainers, 'trainer rank')} to {_count(self.servers, 'server rank')}, {self.route}"
         )
 
 

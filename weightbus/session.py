@@ -19,9 +19,13 @@ from weightbus.bucket import Staging
 from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError
 from weightbus.group import Group
+from weightbus.hub import SPIN_S
 from weightbus.keys import Keys
+from weightbus.lanes import Lanes
 from weightbus.link import REJOIN_S, HubLost, Link
-from weightbus.turn import SLACK_S, Planned, Progress, Turn
+from weightbus.loopback import PREFIX, Loopback
+from weightbus.planned import Planned
+from weightbus.turn import SLACK_S, Progress, SourceCopy, Turn
 from weightbus.wire import FromHub
 
 log = logging.getLogger("weightbus")
@@ -41,12 +45,15 @@ class Session:
     def __init__(
         self, address: str, device: torch.device, num_buckets: int, keys: Keys, reconnect_timeout_s: float
     ) -> None:
-        self.link = Link(address, keys, held=self._held, state=self._state)
+        self.link: Link | Loopback
+        if address.startswith(PREFIX):
+            self.link = Loopback(address)
+        else:
+            self.link = Link(address, keys, held=self._held, state=self._state)
         self.reconnect_timeout_s = reconnect_timeout_s
-        self.device = device
         self.origin: Origin | None = None
         self.destination: Destination | None = None
-        self.staging = Staging(device, num_buckets)
+        self._place(device, num_buckets)
         self._group: Group | None = None
         self._plans: dict[str, Planned] = {}
         self._epoch = -1
@@ -59,6 +66,11 @@ class Session:
         self._sealed: tuple[bytes, m.Word] | None = None
         self._unheard: bytes | None = None
         self._polls = 0
+
+    def _place(self, device: torch.device, num_buckets: int) -> None:
+        self.device = device
+        self.staging = Staging(device, num_buckets)
+        self.lanes = Lanes(device)
 
     @classmethod
     def open(
@@ -75,8 +87,10 @@ class Session:
             if session is None:
                 session = cls(address, device, num_buckets, keys, reconnect_timeout_s)
                 cls._open[address] = session
-            elif session.device != device:
+            elif session.device != device and not isinstance(session.link, Loopback):
                 raise SpecError(f"device: expected {session.device} as the other end here, got {device}")
+            elif session.device.type == "cpu" != device.type:
+                session._place(device, num_buckets)  # between a CPU and a GPU, the GPU does the work
             session._users += 1
             return session
 
@@ -95,14 +109,16 @@ class Session:
             self.link.leave(role)
         finally:
             if last:
+                self.forget_plans()
                 self.drop_group(abort=False)
                 self.link.close()
 
     # -- following the hub -------------------------------------------------------------------------
 
-    def call(self, enter: m.Enter, progress: Progress) -> m.Outcome:
+    def call(self, enter: m.Enter, progress: Progress, copied: SourceCopy | None = None) -> m.Outcome:
         """Trainer ranks: enter an update or a check and follow it to its outcome.
 
+        copied: what is sent, instead of the live source.
         Raises HubError if there is no hub. One that is lost before the offer is looked for again.
         """
         deadline = time.monotonic() + enter.join_s
@@ -111,27 +127,36 @@ class Session:
                 raise HubError(self.link.lost)
             enter.peer = self.link.peer
             self.link.send(enter)
-            turn = Turn(self, progress)
-            try:
-                return self._follow(turn, None, enter.join_s + SLACK_S)
-            except HubLost as lost:
-                if turn.offer is not None or time.monotonic() > deadline:
-                    return turn.ended(self._orphaned(turn, lost))
+            turn = Turn(self, progress, copied)
+            outcome = self._to_the_end(turn, None, enter.join_s + SLACK_S, again=time.monotonic() < deadline)
+            if outcome is not None:
+                return outcome
 
     def follow(self, offer: m.Offer, progress: Progress) -> m.Outcome:
         """Server ranks: from the offer to the outcome."""
-        turn = Turn(self, progress)
+        outcome = self._to_the_end(Turn(self, progress, None), offer, SLACK_S, again=False)
+        assert outcome is not None, "only a trainer rank enters again"
+        return outcome
+
+    def _to_the_end(self, turn: Turn, offer: m.Offer | None, wait_s: float, *, again: bool) -> m.Outcome | None:
+        """The outcome; None if the hub was lost before it had offered anything, and ``again`` is wished for."""
         try:
-            return self._follow(turn, offer, SLACK_S)
+            return self._follow(turn, offer, wait_s)
         except HubLost as lost:
+            if again and turn.offer is None:
+                return None
             return turn.ended(self._orphaned(turn, lost))
+        finally:
+            turn.close()
+            if turn.farewell is not None:
+                self.link.push_back(turn.farewell)
 
     def _follow(self, turn: Turn, offer: m.Offer | None, wait_s: float) -> m.Outcome:
         if offer is not None:
             turn.offered(offer)
         while True:
             limit_s = turn.limit_s if turn.offer else wait_s
-            message = self.link.receive(limit_s)
+            message = self.link.receive(limit_s, spin_s=SPIN_S)
             match message:
                 case None:
                     raise HubLost(f"no word from {self.link.address} for {limit_s:.0f} s in an update")
@@ -147,8 +172,7 @@ class Session:
                 case m.Outcome():
                     return turn.ended(message)
                 case m.Farewell():
-                    self.link.push_back(message)
-                    raise HubError("the trainer job has left in the middle of an update")
+                    turn.farewell = message  # the outcome follows: this rank may be torn
                 case _:
                     raise ProtocolError(f"expected a message of an update, got {type(message).__name__}")
 
@@ -169,6 +193,8 @@ class Session:
 
     def poll(self) -> m.Task | None:
         """Trainer ranks: what a client has asked for, the same on all of them."""
+        if isinstance(self.link, Loopback):
+            return None  # nobody can ask
         self._polls += 1
         try:
             if not self.link.rejoin(0.0):
@@ -259,7 +285,7 @@ class Session:
             raise ProtocolError(f"epoch: expected {self._epoch} or newer, got {epoch}")
         if epoch > self._epoch:
             self.drop_group(abort=True)
-            self._plans.clear()
+            self.forget_plans()
             self._epoch = epoch
         if offer.members:
             self.members = offer.members
@@ -273,10 +299,17 @@ class Session:
         return self._plans.get(token)
 
     def keep_plan(self, token: str, planned: Planned) -> None:
+        self.forget_plan(token)
         self._plans[token] = planned
 
+    def forget_plan(self, token: str) -> None:
+        if (planned := self._plans.pop(token, None)) is not None:
+            planned.sharing.close()
+
     def forget_plans(self) -> None:
-        self._plans.clear()
+        """Drop all plans, and the memory of other processes that is mapped for them."""
+        for token in list(self._plans):
+            self.forget_plan(token)
 
     def join_group(self, rank: int, size: int, timeout_s: float) -> Group:
         if self._group is None:

@@ -134,6 +134,7 @@ class Subscriber:
                 return True
             case m.Farewell():
                 self._left = True
+                self._session.forget_plans()  # a trainer that comes back needs the memory that they hold
             case None:
                 pass
             case _:

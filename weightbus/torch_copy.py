@@ -2,16 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from weightbus.once import say_once
+from weightbus.pieces import Pair, piece_of
 
-def copy_all(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
-    """``dst[i].copy_(src[i])`` for all i, casting where dtypes differ; overlaps nothing, records no grad."""
-    with torch.no_grad():
-        if len(dst) == 1:
-            dst[0].copy_(src[0], non_blocking=True)
-        else:
-            torch._foreach_copy_(list(dst), list(src), non_blocking=True)
+
+class Copies:
+    """Pairs of views of equal shape, copied (and cast) together; no two destinations overlap.
+
+    to_host: whether some leave a GPU for the host, which knows no streams and has to wait for them.
+    """
+
+    def __init__(self) -> None:
+        self.to_host = False
+        self._pairs: list[Pair] = []
+        self._launches: list[Callable[[], None]] | None = None
+
+    def add(self, dst: Tensor, src: Tensor) -> None:
+        self._pairs.append((dst, src))
+        self._launches = None
+        self.to_host |= src.is_cuda and dst.device.type == "cpu"
+
+    def __bool__(self) -> bool:
+        return bool(self._pairs)
+
+    def run(self) -> None:
+        """``dst.copy_(src)`` for all pairs, in the order of the current stream; records no grad."""
+        if self._launches is None:
+            self._launches = _prepared(self._pairs)
+        with torch.no_grad():
+            for launch in self._launches:
+                launch()
+
+
+def _prepared(pairs: Sequence[Pair]) -> list[Callable[[], None]]:
+    """What to launch: on CUDA our kernel for all that it can do, else torch's batched one."""
+    alike = [pair for pair in pairs if pair[0].is_cuda and pair[0].device == pair[1].device]
+    launches: list[Callable[[], None]] = []
+    done: set[int] = set()
+    if alike:
+        try:
+            from weightbus.cuda_copy import CudaCopies
+
+            fit = [pair for pair in alike if piece_of(*pair) is not None]
+            if fit:
+                launches.append(CudaCopies(fit).run)
+                done = {id(pair) for pair in fit}
+        except ImportError as error:
+            say_once(f"weightbus copies with torch operations, which slow a transfer down: {error}")
+            for batch in _batches(alike):
+                launches.append(_foreach(batch))
+                done |= {id(pair) for pair in batch}
+    rest = [pair for pair in pairs if id(pair) not in done]
+    if rest:
+        launches.append(lambda: _one_by_one(rest))
+    return launches
+
+
+def _batches(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """What torch's batched kernel takes: contiguous floats, of one dtype at each end."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    found: dict[tuple[torch.dtype, torch.dtype], list[Pair]] = {}
+    for pair in pairs:
+        dst, src = pair
+        if dst.dtype in floats and src.dtype in floats and dst.is_contiguous() and src.is_contiguous():
+            found.setdefault((dst.dtype, src.dtype), []).append(pair)
+    return list(found.values())
+
+
+def _foreach(pairs: Sequence[Pair]) -> Callable[[], None]:
+    dst, src = ([pair[i] for pair in pairs] for i in (0, 1))
+    return lambda: torch._foreach_copy_(dst, src, non_blocking=True)
+
+
+def _one_by_one(pairs: Sequence[Pair]) -> None:
+    for dst, src in pairs:
+        dst.copy_(src, non_blocking=True)

@@ -1,6 +1,7 @@
 """Backends of torch.distributed used directly, so that no default group is made or touched.
 
-torch's private names here: ``ProcessGroupGloo._Options`` and its fields, ``_start_coalescing``.
+torch's private names here: ``ProcessGroupGloo._Options`` and its fields, ``_start_coalescing`` and
+``_end_coalescing``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -53,9 +55,26 @@ def nccl_backend(store: Any, rank: int, size: int, timeout_s: float, device: tor
     return backend
 
 
-def broadcast(backend: Any, buffer: torch.Tensor, src: int) -> Any:
-    options = dist.BroadcastOptions()
-    options.rootRank = src
-    options.rootTensor = 0
-    options.asyncOp = True
-    return backend.broadcast([buffer], options)
+def broadcast(backend: Any, buffers: Sequence[tuple[torch.Tensor, int]], device: torch.device) -> list[Any]:
+    """Start a broadcast of each buffer from its rank; their works.
+
+    On CUDA they are one NCCL group in the current stream itself, which is all that need be waited for.
+    """
+    cuda = device.type == "cuda"
+
+    def start(buffer: torch.Tensor, src: int) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank = src
+        options.rootTensor = 0
+        options.asyncOp = not cuda
+        return backend.broadcast([buffer], options)
+
+    if not cuda:
+        return [start(buffer, src) for buffer, src in buffers]
+    backend._start_coalescing()
+    try:
+        for buffer, src in buffers:
+            start(buffer, src)
+    finally:
+        backend._end_coalescing()
+    return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, eq, is_
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,11 +75,15 @@ class _Places:
         views = tuple(local_tensor(tensor).detach() for _, tensor in rows)
         return cls(sharded, tuple(name for name, _ in rows), tuple(tensor for _, tensor in rows), views)
 
+    def now(self) -> Sequence[Tensor]:
+        """What lies on this rank of each tensor, as it is now."""
+        return list(map(local_tensor, self.tensors)) if self.sharded else self.tensors
+
 
 class Watch:
     """Sees whether tensors are still the objects, at the addresses, that a layout was made of.
 
-    In columns, so that the check of 20,000 tensors is a few loops in C.
+    In columns, so that the check of 20,000 tensors is two loops in C.
     """
 
     def __init__(
@@ -106,8 +110,16 @@ class Watch:
         self._fsdp = [module for _, module in modules if isinstance(module, FSDPModule)]
         self._places = [_Places.of(sharded, tensors) for sharded in (False, True)]
         self._addresses = [[view.data_ptr() for view in places.views] for places in self._places]
-        self._dtypes = [[view.dtype for view in places.views] for places in self._places]
         self.tensors = [tensor for _, tensor in tensors]
+
+    def changed(self) -> str | None:
+        """Name of a tensor that has ``moved``, or that lies at the same address with another shape, strides or
+        dtype. Three times as long as ``moved`` takes; a change of this kind is rare."""
+        for places in self._places:
+            for name, tensor, view in zip(places.names, places.now(), places.views, strict=True):
+                if tensor.dtype != view.dtype or not tensor.is_set_to(view):
+                    return name
+        return self.moved()
 
     def moved(self) -> str | None:
         """Name of a tensor or module that was replaced, added, removed, resized or given other storage."""
@@ -120,19 +132,9 @@ class Watch:
             prefix, changed = next(entry for entry, count in counts if len(entry[1]) != count)
             known = {key for held, key in zip(self._held, self._keys, strict=True) if held is changed}
             return prefix + next(key for key in changed if key not in known)
-        for places, addresses, dtypes in zip(self._places, self._addresses, self._dtypes, strict=True):
-            now = list(map(local_tensor, places.tensors)) if places.sharded else places.tensors
-            # A view of the same storage, strides and shape may still have a new dtype, or storage that
-            # was itself given other memory.
-            if not (
-                all(map(eq, map(Tensor.data_ptr, now), addresses))
-                and all(map(is_, map(attrgetter("dtype"), now), dtypes))
-                and all(map(Tensor.is_set_to, now, places.views))
-            ):
-                rows = zip(places.names, now, places.views, addresses, strict=True)
-                return next(
-                    name
-                    for name, tensor, view, address in rows
-                    if tensor.data_ptr() != address or tensor.dtype != view.dtype or not tensor.is_set_to(view)
-                )
+        for places, addresses in zip(self._places, self._addresses, strict=True):
+            found = list(map(Tensor.data_ptr, places.now()))
+            if found != addresses:
+                rows = zip(places.names, found, addresses, strict=True)
+                return next(name for name, address, before in rows if address != before)
         return None

@@ -8,20 +8,31 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from weightbus import messages as m
-from weightbus.broadcast import IN_FLIGHT, Broadcast, on_side_stream, synchronise
-from weightbus.bucket import Compiled, compile_steps
+from weightbus.broadcast import Broadcast
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
+from weightbus.exports import Choice, Exports, decode_exports, decode_reach
 from weightbus.facts import Facts, decode_facts, encode_facts
+from weightbus.frozen import Frozen
 from weightbus.install import Target
-from weightbus.ledger import LIVE, Entry, Ledger, Record, Stage, live_entries, sent_entries
-from weightbus.plan import Plan, Want, merge_sources, plan_broadcast
-from weightbus.spec import Spec
+from weightbus.lanes import Mark
+from weightbus.layout import Part
+from weightbus.ledger import Ledger, Record
+from weightbus.peer import CompiledPeer, Peer
+from weightbus.plan import Want, merge_sources
+from weightbus.planned import Planned, Settings, Survey, make_planned
+from weightbus.sharing import Sharing
 
 if TYPE_CHECKING:
+    from weightbus.ends import Origin
     from weightbus.session import Session
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
+
+# An update in the background looks this often whether bytes have moved, and leaves the interpreter alone.
+BACKGROUND_PAUSE_S = 0.0005
+
+CHANGED_IN_PLACE = "expected shape, strides and dtype as planned, got others at the same address"
 
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
@@ -36,18 +47,6 @@ class Ended(WeightbusError):
 
 
 @dataclass(slots=True, kw_only=True)
-class Planned:
-    """A plan, compiled for this rank, with what it digests. group: this server rank's."""
-
-    plan: Plan
-    compiled: Compiled
-    target: Target | None
-    sent: Ledger
-    live: Ledger
-    group: int
-
-
-@dataclass(slots=True, kw_only=True)
 class Progress:
     """What this rank has done so far; ``report(done, total)`` is called as bytes move."""
 
@@ -57,6 +56,7 @@ class Progress:
     nbytes: int = 0
     moved: int = 0
     wrote: bool = False
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,21 +69,37 @@ class Evidence:
     live_only: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCopy:
+    """What a trainer rank sends instead of its live source. filled: reached once it is complete."""
+
+    frozen: Frozen
+    filled: Mark
+
+
 class Turn:
     """State of this rank from the offer to the outcome."""
 
-    def __init__(self, session: Session, progress: Progress) -> None:
-        self.session, self.progress = session, progress
+    def __init__(self, session: Session, progress: Progress, copied: SourceCopy | None) -> None:
+        self.session, self.progress, self.copied = session, progress, copied
         self.offer: m.Offer | None = None
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
+        self._sharing: Sharing | None = None
+        self.farewell: m.Farewell | None = None
         # The update's seed, once bytes may move; whether this rank has done its part of it.
         self.seed: bytes | None = None
         self.finished = False
         self._starts: dict[str, float] = {}
         self._overlapping: dict[str, float] = {}
         self._offered = self._begun = time.monotonic()
+
+    def close(self) -> None:
+        """Give back what was mapped for a plan that was not made."""
+        sharing, self._sharing = self._sharing, None
+        if sharing is not None:
+            sharing.close()
 
     @property
     def _offer(self) -> m.Offer:
@@ -98,6 +114,17 @@ class Turn:
     @property
     def _me(self) -> m.Member:
         return self._offer.members[self._rank]
+
+    @property
+    def _planned(self) -> Planned | None:
+        return self.session.plan(self._offer.plan)
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings.parse(self._offer.settings)
+
+    def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
+        return self.copied.frozen.parts if self.copied else origin.layout.parts
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
@@ -116,8 +143,16 @@ class Turn:
         peer = self.session.link.peer
         self.session.link.send(m.Refuse(peer=peer, update=self._offer.update, reason=explain(error)))
 
-    def _ready(self, planned: Planned | None) -> None:
-        """Ready with this plan; without one, facts must be exchanged again."""
+    def _ready(self) -> None:
+        """Ready with the offer's plan; without one that still holds, facts must be exchanged again."""
+        planned = self._planned
+        filled = self.copied.filled if self.copied else None
+        try:
+            if planned is not None and not planned.sharing.ready(self._offer.ready_s, filled):
+                self.session.forget_plan(self._offer.plan)
+                planned = None
+        except Exception as error:
+            return self._refuse(error)
         self.session.link.send(
             m.Ready(
                 peer=self.session.link.peer,
@@ -126,6 +161,7 @@ class Turn:
                 stale=planned is None,
             )
         )
+        return None
 
     # -- offer and plan ----------------------------------------------------------------------------
 
@@ -141,34 +177,59 @@ class Turn:
             return self._check(offer)
         if offer.kind == "label":
             return self._label()
-        if first and self._me.server and session.destination:
-            try:
-                if session.destination.refresh():
-                    session.forget_plans()
-                session.destination.before(offer.version)
-            except Exception as error:
-                return self._refuse(error)
-        if offer.planned:
-            self._ready(session.plan(offer.plan))
-        elif self._me.trainer is not None and session.origin:
-            blob = session.origin.blob(offer.modules)
-            session.link.send(m.Facts(peer=session.link.peer, update=offer.update, blob=blob))
+        try:
+            if first:
+                self._look_at_tensors()
+            if offer.planned:
+                return self._ready()
+            self.close()
+            both = self._me.trainer is not None and self._me.server is not None
+            self._sharing = Sharing(session.device, self._settings.route, both=both)
+            if self._me.trainer is not None and session.origin:
+                blob, _ = session.origin.facts(offer.modules)
+                names, parts = session.origin.layout.select(offer.modules).specs, self._parts(session.origin)
+                self._send_facts(blob, self._sharing.export({name: parts[name] for name in names}))
+        except Exception as error:
+            self._refuse(error)
         return None
+
+    def _send_facts(self, blob: bytes, memory: bytes) -> None:
+        peer = self.session.link.peer
+        self.session.link.send(m.Facts(peer=peer, update=self._offer.update, blob=blob, memory=memory))
+
+    def _look_at_tensors(self) -> None:
+        """Notice those that were replaced or moved; then the engine stops using the weights."""
+        session = self.session
+        # A trainer rank does so here, while server ranks do, and not before the hub is told of the update.
+        sends = self._me.trainer is not None and self.copied is None
+        if sends and session.origin and session.origin.refresh():
+            session.forget_plans()
+        if self._me.server and session.destination:
+            if session.destination.refresh():
+                session.forget_plans()
+            session.destination.before(self._offer.version)
 
     def gathered(self, gathered: m.Gathered) -> None:
         session = self.session
         try:
             if gathered.of == "wants":
-                planned = self._plan(gathered)
-                session.keep_plan(self._offer.plan, planned)
-                self._ready(planned)
-                return
+                session.keep_plan(self._offer.plan, self._plan(gathered))
+                return self._ready()
             self._sources = gathered
             if (target := self._target(gathered)) is not None:
-                blob = encode_facts(target.facts())
-                session.link.send(m.Facts(peer=session.link.peer, update=self._offer.update, blob=blob))
+                assert self._sharing is not None, "made with the offer"
+                memory = self._sharing.reach(self._exports(gathered), self._rank)
+                self._send_facts(encode_facts(target.facts()), memory)
         except Exception as error:
-            self._refuse(error)
+            return self._refuse(error)
+        return None
+
+    def _exports(self, sources: m.Gathered) -> dict[int, Exports]:
+        """Each trainer rank's, by group rank."""
+        facts, members = self._decode(sources), self._offer.members
+        return {
+            rank: decode_exports(blob, facts[rank], str(members[rank])) for rank, blob in sources.memory.items()
+        }
 
     def _decode(self, gathered: m.Gathered) -> dict[int, Facts]:
         """Each group rank's facts; equal ones are decoded once."""
@@ -184,43 +245,34 @@ class Turn:
     def _plan(self, gathered: m.Gathered) -> Planned:
         """The plan, alike on all ranks, and this rank's compiled part of it."""
         session, members, rank = self.session, self._offer.members, self._rank
-        if self._sources is None:
+        sharing, self._sharing = self._sharing, None
+        if self._sources is None or sharing is None:
             raise ProtocolError("wants: expected the sources first")
         facts = self._decode(gathered)
-        wants = [
-            Want(replica=server.replica, rank=server.rank, facts=facts[member])
-            for member in facts
-            if (server := members[member].server) is not None
-        ]
-        bucket_bytes = int(self._offer.settings)
-        plan = plan_broadcast(self._decode(self._sources), wants, bucket_bytes=bucket_bytes)
-        target = self._target(self._sources)
+        survey = Survey(
+            rank=rank,
+            sources=self._decode(self._sources),
+            exports=self._exports(self._sources),
+            wants={
+                member: Want(replica=server.replica, rank=server.rank, facts=facts[member])
+                for member in facts
+                if (server := members[member].server) is not None
+            },
+            reaches=[decode_reach(blob, str(members[r])) for r, blob in gathered.memory.items()],
+            groups={blob: facts[member] for member, blob in gathered.holder.items()},
+            group=gathered.holder.get(rank, 0),
+        )
         sends = self._me.trainer is not None and session.origin is not None
-        compiled = compile_steps(
-            plan,
-            rank,
-            source=session.origin.layout.parts if sends and session.origin else {},
-            target=target,
-            staging=session.staging,
-            in_flight=IN_FLIGHT,
-        )
-        groups = {blob: facts[member] for member, blob in gathered.holder.items()}
-        group = gathered.holder.get(rank, 0)
-        return Planned(
-            plan=plan,
-            compiled=compiled,
-            target=target,
-            sent=Ledger(_sent(plan, compiled, rank, groups)),
-            live=Ledger(live_entries(target, compiled.whole, group) if target else []),
-            group=group,
-        )
+        own = self._parts(session.origin) if sends and session.origin else {}
+        target = self._target(self._sources)
+        return make_planned(survey, self._settings, sharing, own, target, session.staging)
 
     # -- transfer and verification -----------------------------------------------------------------
 
     def go(self, go: m.Go) -> m.Outcome | None:
         """Run the plan and answer; the outcome, if the hub has ended the update meanwhile."""
         self._lap("ready")
-        planned = self.session.plan(self._offer.plan)
+        planned = self._planned
         self.seed = go.seed
         error = ""
         try:
@@ -234,9 +286,10 @@ class Turn:
         return None
 
     def _transfer(self, planned: Planned, seed: bytes) -> None:
-        session, progress, offer = self.session, self.progress, self._offer
+        progress, offer = self.progress, self._offer
         verify = offer.verify
-        progress.tensors, progress.nbytes = len(planned.plan.specs), planned.plan.nbytes
+        progress.tensors, progress.nbytes = len(planned.plan.specs), planned.nbytes
+        progress.choice = planned.choice
         look = self._look(time.monotonic() + offer.transfer_s)
 
         def moved(nbytes: int) -> None:
@@ -244,33 +297,25 @@ class Turn:
             if progress.report:
                 progress.report(progress.moved, progress.nbytes)
 
-        group = session.join_group(self._rank, len(offer.members), offer.transfer_s)
-        self._lap("group")
-        route = Broadcast(planned.compiled, group, planned.target.hooks if planned.target else {})
-
-        def digest(ledger: Ledger, stage: Stage) -> None:
-            if verify:
-                begun = time.monotonic()
-                ledger.digest(stage, seed)
-                self._clock("digest", begun)
-
-        with on_side_stream(session.device):
-            try:
-                route.run(
-                    look,
-                    packed=lambda step: digest(planned.sent, step),
-                    arrived=lambda wire: digest(planned.live, wire),
-                    progress=moved,
-                    clock=self._clock,
-                )
-                synchronise(session.device, look)
-            finally:
-                progress.wrote |= route.wrote
-            self._lap("transfer")
-            digest(planned.sent, LIVE)
-            digest(planned.live, LIVE)
-            if verify:
-                self._lap("verify")
+        route = self._route(planned)
+        try:
+            route.run(
+                seed if verify else None,
+                check=look,
+                progress=moved,
+                meanwhile=self._check_tensors,
+                after=self.copied.filled if self.copied else None,
+                pause_s=BACKGROUND_PAUSE_S if self.copied else 0.0,
+            )
+        finally:
+            progress.wrote |= route.wrote
+        self._lap("transfer")
+        if verify:
+            begun = time.monotonic()
+            planned.sent.collect()
+            planned.live.collect()
+            self._clock("digest", begun)
+            self._lap("verify")
 
         def record(ledger: Ledger, target: Target | None) -> Record:
             return Record(
@@ -290,6 +335,29 @@ class Turn:
             )
         ]
 
+    def _route(self, planned: Planned) -> Broadcast | Peer:
+        session, hooks = self.session, planned.target.hooks if planned.target else {}
+        if isinstance(planned.compiled, CompiledPeer):
+            return Peer(planned.compiled, session.lanes, hooks, planned.sent, planned.live)
+        group = session.join_group(self._rank, len(self._offer.members), self._offer.transfer_s)
+        self._lap("group")
+        route = Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+        route.clock = self._clock
+        return route
+
+    def _check_tensors(self) -> None:
+        """Raise if a tensor has changed its shape, strides or dtype in place: its bytes went by the old ones.
+
+        Done while bytes move, when it costs no time. Whatever was replaced or moved was noticed before.
+        """
+        ends = (
+            (self.session.origin, self._me.trainer is not None and self.copied is None),
+            (self.session.destination, self._me.server is not None),
+        )
+        for end, takes_part in ends:
+            if end is not None and takes_part and (name := end.changed()) is not None:
+                raise UpdateError(f"{name}: {CHANGED_IN_PLACE}")
+
     def _look(self, deadline: float) -> Callable[[], None]:
         """A function to call while waiting: raises once the hub has ended the update, or too late."""
         next_look = 0.0
@@ -303,7 +371,9 @@ class Turn:
             message = self.session.link.receive(0)
             if isinstance(message, m.Outcome):
                 raise Ended(message)
-            if message is not None:
+            if isinstance(message, m.Farewell):
+                self.farewell = message
+            elif message is not None:
                 self.session.link.push_back(message)
             if now > deadline:
                 raise UpdateError(f"transfer: expected to end within {self._offer.transfer_s:.0f} s")
@@ -355,7 +425,7 @@ class Turn:
                 sent = session.origin.record(job) if self._me.trainer is not None and session.origin else None
                 live = session.destination.record(job) if self._me.server and session.destination else None
                 if live:
-                    live.ledger.digest(LIVE, job.seed)
+                    live.ledger.digest_live(job.seed)
                     live.sums[:] = live.ledger.sums
                 self._evidence.append(Evidence(sent=sent, live=live, modules=job.modules, live_only=True))
         except Exception as caught:
@@ -402,6 +472,9 @@ class Turn:
         if not outcome.ok and outcome.moved:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
             session.drop_group(abort=True)
+            session.lanes.drain(SLACK_S)
+            # The epoch is over, and what the plans have mapped may be memory of a rank that has died.
+            session.forget_plans()
         if outcome.ok:
             (evidence,) = self._evidence
             for end, record in ((session.origin, evidence.sent), (session.destination, evidence.live)):
@@ -410,23 +483,6 @@ class Turn:
         if self._me.server and session.destination:
             session.destination.after(outcome, offer.version, offer.modules, self.progress.wrote)
         return outcome
-
-
-def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]) -> list[Entry]:
-    """Entries for everything that this rank sends: where it lies, or as cast in its bucket."""
-    specs: dict[str, Spec] = {spec.name: spec for spec in plan.specs}
-    wants = [groups[group] for group in sorted(groups)]
-    entries = []
-    for index, step in enumerate(compiled.steps):
-        if step.src != rank:
-            continue
-        for i, (name, box, view) in enumerate(step.boxes):
-            stage: Stage = LIVE
-            if step.bucket is not None:
-                source = step.pack.src[i]
-                stage, view = (LIVE, source) if source.dtype == view.dtype else (index, view)
-            entries += sent_entries(name, specs[name], box, view, stage, wants)
-    return entries
 
 
 def explain(error: Exception) -> str:

@@ -5,16 +5,18 @@ the fast ones over the same ``segments``; ``digester`` chooses between them.
 """
 
 from weightbus.digest.digester import Digester, model_digest, sub_part, tensor_digest
-from weightbus.digest.fold import fold
+from weightbus.digest.fold import NameKeys, fold, fold_with
 from weightbus.digest.grid61 import STABLE_SEED, Digest, P, combine, model_digest_of
 
 __all__ = [
     "STABLE_SEED",
     "Digest",
     "Digester",
+    "NameKeys",
     "P",
     "combine",
     "fold",
+    "fold_with",
     "model_digest",
     "model_digest_of",
     "sub_part",

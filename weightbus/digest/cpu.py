@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,9 @@ class CpuSums:
         self._segments = segments_of(parts, _TILING)
         assert self._segments.table[:1].nbytes in (0, _grid61.SEGMENT_BYTES)
 
-    def sums(self, seed: bytes, stream: torch.cuda.Stream | None) -> npt.NDArray[np.uint64]:
+    def launch(self, seed: bytes, stream: torch.cuda.Stream | None) -> Callable[[], npt.NDArray[np.uint64]]:
         segments = self._segments
         keys = np.array(axis_keys(seed, segments.axes), dtype=np.uint64)
         out = np.empty((len(self._keep), 2), dtype=np.uint64)
         _grid61.sums(segments.table, segments.tiles, keys, out, torch.get_num_threads())
-        return out
+        return lambda: out

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import chain
 from typing import Protocol
 
@@ -19,15 +17,16 @@ from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine,
 from weightbus.digest.reference import ReferenceSums
 from weightbus.errors import SpecError
 from weightbus.layout import Source, layout_of
+from weightbus.once import say_once
 from weightbus.part import Part, check_plain, plain_view, spec_of
 from weightbus.spec import Spec
 from weightbus.torch_dtensor import local_parts
 
-_log = logging.getLogger(__name__)
+Sums = npt.NDArray[np.uint64]
 
 
 class _Sums(Protocol):
-    def sums(self, seed: bytes, stream: torch.cuda.Stream | None) -> npt.NDArray[np.uint64]: ...
+    def launch(self, seed: bytes, stream: torch.cuda.Stream | None) -> Callable[[], Sums]: ...
 
 
 class Digester:
@@ -47,13 +46,20 @@ class Digester:
         self.nbytes = sum(part.tensor.numel() * part.tensor.element_size() for part in self._parts)
         self._sums = _implementation(self._parts, next(iter(devices), torch.device("cpu")))
 
-    def sums(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> npt.NDArray[np.uint64]:
+    def sums(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> Sums:
         """uint64 array of shape (parts, 2): each part's sums at its place in its global tensor, in [0, P).
 
         Runs on ``stream``, by default the current one; synchronises with it once.
         Raises ValueError if ``seed`` is not 32 bytes.
         """
-        return self._sums.sums(check_seed(seed), stream)
+        return self.launch(seed, stream=stream)()
+
+    def launch(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> Callable[[], Sums]:
+        """As ``sums``, in two halves: the digest is on its way, and the returned function waits for it.
+
+        It waits for this digest only, not for what the stream does after it. Call it before the next launch.
+        """
+        return self._sums.launch(check_seed(seed), stream)
 
 
 def tensor_digest(tensor: Tensor, *, seed: bytes = STABLE_SEED) -> Digest:
@@ -130,19 +136,18 @@ def _implementation(parts: list[Part], device: torch.device) -> _Sums:
             from weightbus.digest.cuda import CudaSums
 
             return CudaSums(parts)
-        _say_once(f"no fast digest for device type {device.type}")
+        _warn(f"no fast digest for device type {device.type}")
     except ImportError as error:
         cure = (
             "install weightbus where a C++17 compiler is found"
             if device.type == "cpu"
             else f"pip install 'weightbus[cuda{(torch.version.cuda or '13').split('.')[0]}]'"
         )
-        _say_once(f"no fast digest on {device.type} ({error}); cure: {cure}")
+        _warn(f"no fast digest on {device.type} ({error}); cure: {cure}")
     except NotImplementedError as error:
-        _say_once(f"no fast digest for these tensors ({error})")
+        _warn(f"no fast digest for these tensors ({error})")
     return ReferenceSums(parts)
 
 
-@cache
-def _say_once(reason: str) -> None:
-    _log.warning("weightbus digests with torch operations, exact but slower: %s", reason)
+def _warn(reason: str) -> None:
+    say_once(f"weightbus digests with torch operations, exact but slower: {reason}")

@@ -1,0 +1,240 @@
+"""Memory given to another process and read there: shared memory on the CPU, CUDA IPC on GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from processes import _context as context
+from torch import Tensor
+
+from weightbus.box import Box
+from weightbus.driver import EngineCopies
+from weightbus.errors import WeightbusError
+from weightbus.exports import Allocation, Exports
+from weightbus.ipc import DeviceImport, IpcError, SharedImport, export_parts, import_exports, view_of
+from weightbus.part import Part
+from weightbus.runs import runs_of
+from weightbus.spec import Spec
+
+CPU = torch.device("cpu")
+
+
+def part(name: str, tensor: Tensor) -> Part:
+    spec = Spec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+    return Part(spec=spec, box=Box.whole(tensor.shape), tensor=tensor)
+
+
+def parts_of(**tensors: Tensor) -> dict[str, tuple[Part, ...]]:
+    return {name: (part(name, tensor),) for name, tensor in tensors.items()}
+
+
+def source(device: torch.device = CPU) -> dict[str, Tensor]:
+    base = torch.arange(60, dtype=torch.float32, device=device).view(6, 10)
+    return {
+        "columns": base[:, 2:7],
+        "bf16": torch.arange(7, device=device).to(torch.bfloat16),
+        "flags": torch.tensor([True, False, True], device=device),
+        "scalar": torch.tensor(5, device=device),
+        "empty": torch.zeros(0, 3, device=device),
+    }
+
+
+def read(opened: SharedImport, name: str, like: Tensor) -> Tensor:
+    (place,) = opened.exports.places[name]
+    memory = opened.memory[place.allocation]
+    return view_of(memory, place.offset, like.dtype, like.shape, place.strides)
+
+
+def mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:weightbus")
+
+
+def test_shared_memory_holds_what_was_packed_last() -> None:
+    before, tensors = mapped(), source()
+    export = export_parts(parts_of(**tensors), CPU)
+    opened = import_exports(export.exports, CPU)
+    assert isinstance(opened, SharedImport)
+    for step in range(2):
+        tensors["columns"].add_(step)
+        export.pack(tensors)
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                assert torch.equal(read(opened, name, tensor), tensor)
+    export.pack(["bf16"])
+    assert not export.moved()
+    export.close()
+    assert export.moved()
+    opened.close()
+    gc.collect()
+    assert mapped() == before
+
+
+def reader(pipe: object, exports: Exports, like: dict[str, Tensor]) -> None:
+    """Answers each word of the pipe with what it reads, or with why it can't."""
+    try:
+        opened = import_exports(exports, CPU)
+        assert isinstance(opened, SharedImport)
+        while pipe.recv() == "read":  # type: ignore[attr-defined]
+            pipe.send([read(opened, n, t).tolist() for n, t in like.items() if t.numel()])  # type: ignore[attr-defined]
+    except WeightbusError as error:
+        pipe.send(str(error))  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def another_process(target, *arguments):
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        with contextlib.suppress(OSError):
+            ours.send("end")
+        process.join(20)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        process.close()
+        ours.close()
+
+
+def ask(pipe, word: str = "read"):
+    pipe.send(word)
+    assert pipe.poll(30)
+    return pipe.recv()
+
+
+def test_another_process_reads_it_and_keeps_it_after_the_owner_let_go() -> None:
+    tensors = source()
+    export = export_parts(parts_of(**tensors), CPU)
+    files = set(os.listdir("/dev/shm"))
+    with another_process(reader, export.exports, tensors) as pipe:
+        for step in range(2):
+            tensors["bf16"].mul_(step + 2)
+            export.pack(tensors)
+            assert ask(pipe) == [tensor.tolist() for tensor in tensors.values() if tensor.numel()]
+        export.close()
+        assert ask(pipe)[1] == tensors["bf16"].tolist()
+    assert set(os.listdir("/dev/shm")) == files
+
+
+def test_memory_that_is_not_the_trainers_is_refused() -> None:
+    export = export_parts(parts_of(w=torch.ones(4)), CPU)
+    exports = export.exports
+    (good,) = exports.allocations
+
+    def opened(handle: bytes, nbytes: int = good.nbytes) -> Exports:
+        return msgspec.structs.replace(exports, allocations=(Allocation(handle=handle, nbytes=nbytes),))
+
+    with pytest.raises(IpcError, match="another process's"):
+        import_exports(opened(good.handle[:-1] + bytes([good.handle[-1] ^ 1])), CPU)
+    with pytest.raises(IpcError, match="can't be opened"):
+        import_exports(opened(b"short"), CPU)
+    with pytest.raises(IpcError, match=f"expected {good.nbytes + 1} bytes, got {good.nbytes}"):
+        import_exports(opened(good.handle, good.nbytes + 1), CPU)
+    file = os.memfd_create("other")  # not sealed: it could be cut short under a reader
+    os.ftruncate(file, good.nbytes)
+    with pytest.raises(IpcError, match="sealed"):
+        import_exports(opened(good.handle[:8] + file.to_bytes(8, "little") + good.handle[16:]), CPU)
+    os.close(file)
+    export.close()
+    with pytest.raises(IpcError, match="can't be opened"):
+        import_exports(exports, CPU)
+
+
+def test_readers_can_neither_write_nor_resize() -> None:
+    export = export_parts(parts_of(w=torch.ones(4)), CPU)
+    opened = import_exports(export.exports, CPU)
+    assert isinstance(opened, SharedImport)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    ours = [line.split()[1] for line in maps if "memfd:weightbus" in line]
+    assert sorted(ours) == ["r--s", "rw-s"]
+    handle = export.exports.allocations[0].handle
+    file = os.open(f"/proc/self/fd/{int.from_bytes(handle[8:16], 'little')}", os.O_RDWR)
+    assert fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    with pytest.raises(PermissionError):
+        os.ftruncate(file, 0)
+    os.close(file)
+    export.close()
+
+
+def test_why_not() -> None:
+    exports = Exports(host="elsewhere", device="cpu")
+    with pytest.raises(IpcError, match="different hosts"):
+        import_exports(exports, CPU)
+    with pytest.raises(IpcError, match="asleep"):
+        import_exports(Exports(reason="asleep"), CPU)
+    with pytest.raises(IpcError, match=r"w: expected rows of adjacent elements, got strides \(1, 5\)"):
+        export_parts(parts_of(w=torch.ones(3, 5).t()), CPU)
+    export = export_parts(parts_of(w=torch.ones(3)), CPU)
+    with pytest.raises(IpcError, match="source on cpu, target on cuda:0"):
+        import_exports(export.exports, torch.device("cuda", 0))
+    export.close()
+
+
+# -- CUDA --------------------------------------------------------------------------------------------
+
+
+def device_reader(
+    pipe: object, exports: Exports, like: dict[str, tuple[tuple[int, ...], torch.dtype]], index: int
+):
+    """As ``reader``, by copies to its own device."""
+    device = torch.device("cuda", index)
+    try:
+        opened = import_exports(exports, device)
+        assert isinstance(opened, DeviceImport)
+        while pipe.recv() == "read":  # type: ignore[attr-defined]
+            found = {}
+            for name, (shape, dtype) in like.items():
+                out = torch.full(shape, 99, device=device).to(dtype)
+                (place,) = exports.places[name]
+                address = opened.addresses[place.allocation] + place.offset
+                runs = runs_of(
+                    shape, out.stride(), place.strides, itemsize=out.itemsize, dst=out.data_ptr(), src=address
+                )
+                with torch.cuda.device(device):
+                    EngineCopies(runs).start(torch.cuda.current_stream())
+                torch.cuda.synchronize(device)
+                found[name] = out.tolist()
+            pipe.send((found, opened.near, len(opened.addresses)))  # type: ignore[attr-defined]
+        opened.close()
+    except WeightbusError as error:
+        pipe.send(str(error))  # type: ignore[attr-defined]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.gpus(2))])
+def test_another_process_reads_a_gpu_in_place(index: int) -> None:
+    device = torch.device("cuda", 0)
+    tensors = source(device) | {"large": torch.arange(9 << 20, device=device, dtype=torch.int32).view(9, -1)}
+    like = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if name != "large"}
+    like["large"] = (9, 16), torch.int32
+    export = export_parts(parts_of(**(tensors | {"large": tensors["large"][:, 5:21]})), device)
+    blocks = len(export.exports.allocations)
+    assert 2 <= blocks < len(tensors)  # small tensors share a block of the caching allocator
+    expected = {n: t.tolist() for n, t in (tensors | {"large": tensors["large"][:, 5:21]}).items()}
+    torch.cuda.synchronize()
+    with another_process(device_reader, export.exports, like, index) as pipe:
+        assert ask(pipe) == (expected, index == 0, blocks)
+        tensors["scalar"].fill_(6)
+        torch.cuda.synchronize()
+        assert ask(pipe)[0]["scalar"] == 6
+
+
+@pytest.mark.cuda
+def test_memory_that_was_freed_is_noticed() -> None:
+    device = torch.device("cuda", 0)
+    held = parts_of(w=torch.ones(8 << 20, device=device))
+    export = export_parts(held, device)
+    assert not export.moved()
+    held.clear()
+    torch.cuda.empty_cache()
+    assert export.moved()

@@ -1,0 +1,135 @@
+"""A source and a target in the same processes, as in colocated reinforcement learning: one object for both."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from weightbus.ends import State
+from weightbus.errors import SpecError, WeightbusError
+from weightbus.install import NameMap
+from weightbus.layout import Source, layout_of, rank_and_size
+from weightbus.loopback import PREFIX
+from weightbus.publisher import Publisher
+from weightbus.report import Report, Verdict
+from weightbus.subscriber import Subscriber
+
+_numbers = itertools.count()
+
+
+class Colocated:
+    """What ``colocate`` returns: a publisher and a subscriber of this process."""
+
+    def __init__(self, publisher: Publisher, subscriber: Subscriber) -> None:
+        self._publisher, self._subscriber = publisher, subscriber
+
+    def update(self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None) -> Report:
+        """Write the source's tensors into the target; as ``Publisher.update``. Collective over the ranks."""
+        return self._publisher.update(version, verify=verify, modules=modules)
+
+    def check(self) -> Verdict:
+        """Digest what the target holds, live, against the last version's sums; as ``Publisher.check``."""
+        return self._publisher.check()
+
+    @property
+    def state(self) -> State:
+        """The target's: ``empty``, ``ready``, ``updating`` or ``torn``."""
+        return self._subscriber.state
+
+    @property
+    def version(self) -> int | None:
+        """The last version committed to the target."""
+        return self._subscriber.version
+
+    @property
+    def error(self) -> WeightbusError | None:
+        """Why the last update was not committed; None after one that was."""
+        return self._subscriber.error
+
+    def close(self) -> None:
+        """Give back all memory that the updates took."""
+        self._publisher.close()
+        self._subscriber.close()
+
+    def __enter__(self) -> Colocated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def colocate(
+    source: Source,
+    target: Source,
+    *,
+    rank: int | None = None,
+    size: int | None = None,
+    address: str | None = None,
+    name_map: NameMap | None = None,
+    local: Sequence[str] = (),
+    on_update: Callable[[int], None] | None = None,
+    on_commit: Callable[[int], None] | None = None,
+    on_torn: Callable[[WeightbusError], None] | None = None,
+    on_refused: Callable[[WeightbusError], None] | None = None,
+    **options: Any,
+) -> Colocated:
+    """Updates of ``target`` from ``source``, both held by the same processes; made once, replayed at will.
+
+    Both may differ in dtype and sharding: each rank copies what it holds itself, the rest comes from the other
+    ranks. Collective over the ranks: rank, size default as a Publisher's. In a job of one process the two may
+    also lie on different devices, and no hub is started; otherwise one is, on this host, until all ranks have
+    closed, at ``address`` or at a free port that the ranks tell each other through the default group.
+    name_map, local and the callbacks are a Subscriber's; options are a Publisher's.
+    Raises SpecError for a source or target that can't be moved, and for ranks with neither group nor address.
+    """
+    if not isinstance(source, nn.Module | Mapping):
+        source = list(source)  # pairs may be an iterator
+    layout = layout_of(source)
+    rank, size = rank_and_size(layout, rank, size)
+    if size == 1:
+        address = f"{PREFIX}{next(_numbers)}"
+    elif address is None:
+        address = _free_address(rank, layout.device)
+    publisher = Publisher(source, address=address, rank=rank, size=size, **options)
+    try:
+        subscriber = Subscriber(
+            target,
+            address=address,
+            rank=rank,
+            replica_size=size,
+            name_map=name_map,
+            local=local,
+            on_update=on_update,
+            on_commit=on_commit,
+            on_torn=on_torn,
+            on_refused=on_refused,
+        )
+    except BaseException:
+        publisher.close()
+        raise
+    return Colocated(publisher, subscriber)
+
+
+def _free_address(rank: int, device: torch.device) -> str:
+    """Of this host; rank 0 picks it. Collective over the default group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise SpecError("address: expected one, or a default process group through which ranks agree on it")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = torch.tensor(probe.getsockname()[1], device=_group_device(device))
+    dist.broadcast(port, 0)
+    return f"tcp://127.0.0.1:{int(port)}"
+
+
+def _group_device(device: torch.device) -> torch.device:
+    """One that the default group can send from."""
+    return torch.device("cpu") if "gloo" in str(dist.get_backend_config()) else device

@@ -1,0 +1,162 @@
+"""Calls of the CUDA driver that torch does not offer: memory of other processes, copies between bare addresses.
+
+Through ctypes, on the library that torch itself has loaded. Each call works on the calling thread's
+current device, which the caller sets (``torch.cuda.device``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+from weightbus.errors import WeightbusError
+from weightbus.runs import Run
+
+_LAZY_ENABLE_PEER_ACCESS = 1
+_BUFFER_ID = 7  # of CUpointer_attribute
+_UNIFIED = 4  # of CUmemorytype: the driver sees from the address where it lies
+
+
+class DriverError(WeightbusError):
+    """The CUDA driver refused a call."""
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_ubyte * 64),)
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = (
+        ("src_x", ctypes.c_size_t),
+        ("src_y", ctypes.c_size_t),
+        ("src_type", ctypes.c_int),
+        ("src_host", ctypes.c_void_p),
+        ("src", ctypes.c_uint64),
+        ("src_array", ctypes.c_void_p),
+        ("src_pitch", ctypes.c_size_t),
+        ("dst_x", ctypes.c_size_t),
+        ("dst_y", ctypes.c_size_t),
+        ("dst_type", ctypes.c_int),
+        ("dst_host", ctypes.c_void_p),
+        ("dst", ctypes.c_uint64),
+        ("dst_array", ctypes.c_void_p),
+        ("dst_pitch", ctypes.c_size_t),
+        ("width", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+    )
+
+
+_POINTER, _SIZE, _ADDRESS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuGetErrorName": (ctypes.c_int, _POINTER),
+    "cuMemGetAddressRange_v2": (_POINTER, _POINTER, _ADDRESS),
+    "cuPointerGetAttribute": (_POINTER, ctypes.c_int, _ADDRESS),
+    "cuIpcGetMemHandle": (_POINTER, _ADDRESS),
+    "cuIpcOpenMemHandle_v2": (_POINTER, _Handle, ctypes.c_uint),
+    "cuIpcCloseMemHandle": (_ADDRESS,),
+    "cuMemcpyAsync": (_ADDRESS, _ADDRESS, _SIZE, _POINTER),
+    "cuMemcpy2DAsync_v2": (_POINTER, _POINTER),
+}
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+    except (OSError, AttributeError) as error:
+        raise DriverError(f"CUDA driver: {error}") from error
+    return library
+
+
+def _check(what: str, status: int) -> None:
+    if status:
+        name = ctypes.c_char_p()
+        _library().cuGetErrorName(status, ctypes.byref(name))
+        raise DriverError(f"{what}: CUDA driver says {(name.value or b'?').decode()} ({status})")
+
+
+def bind() -> None:
+    """Make the current device's context the thread's own, as any call of the runtime does."""
+    torch.cuda.current_stream().query()
+
+
+def allocation_of(address: int) -> tuple[int, int]:
+    """Base and bytes of the allocation that holds ``address``."""
+    base, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
+    status = _library().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(nbytes), address)
+    _check("address range", status)
+    return base.value, nbytes.value
+
+
+def buffer_id(address: int) -> int:
+    """A number that no other allocation of this process ever has; 0 where nothing is allocated."""
+    number = ctypes.c_uint64()
+    status = _library().cuPointerGetAttribute(ctypes.byref(number), _BUFFER_ID, address)
+    return 0 if status else number.value
+
+
+def handle_of(base: int) -> bytes:
+    """The handle by which another process can open an allocation. Raises DriverError with the reason."""
+    handle = _Handle()
+    try:
+        _check("IPC handle", _library().cuIpcGetMemHandle(ctypes.byref(handle), base))
+    except DriverError as error:
+        hint = "memory of expandable_segments, or of a pool that sleeps, has none"
+        raise DriverError(f"{error}; {hint}") from error
+    return bytes(handle.reserved)
+
+
+def open_handle(handle: bytes) -> int:
+    """Map another process's allocation under the current device; its address here.
+
+    Copies into this device's memory run at the full rate only if the mapping is this device's own, not
+    that of the device on which the memory lies.
+    """
+    address = ctypes.c_uint64()
+    raw = _Handle.from_buffer_copy(handle)
+    status = _library().cuIpcOpenMemHandle_v2(ctypes.byref(address), raw, _LAZY_ENABLE_PEER_ACCESS)
+    _check("opening an IPC handle", status)
+    return address.value
+
+
+def close_handle(address: int) -> None:
+    _check("closing an IPC handle", _library().cuIpcCloseMemHandle(address))
+
+
+class EngineCopies:
+    """Copies between addresses, one call of the driver for each; prepared once."""
+
+    def __init__(self, runs: list[Run]) -> None:
+        """runs: offsets are whole addresses."""
+        self._calls: list[tuple[Any, tuple[Any, ...]]] = []
+        library = _library()
+        for run in runs:
+            if run.rows == 1:
+                self._calls.append((library.cuMemcpyAsync, (run.dst, run.src, run.width)))
+                continue
+            copy = _Copy2D(
+                src_type=_UNIFIED,
+                src=run.src,
+                src_pitch=run.src_pitch,
+                dst_type=_UNIFIED,
+                dst=run.dst,
+                dst_pitch=run.dst_pitch,
+                width=run.width,
+                height=run.rows,
+            )
+            self._calls.append((library.cuMemcpy2DAsync_v2, (ctypes.pointer(copy),)))
+
+    def start(self, stream: torch.cuda.Stream) -> None:
+        """Queue all of them on ``stream``."""
+        handle = stream.cuda_stream
+        for call, arguments in self._calls:
+            if status := call(*arguments, handle):
+                _check("peer copy", status)

@@ -1,0 +1,279 @@
+"""Memory of another process of this host: given to read by its owner, and mapped by a reader.
+
+CUDA: the source's own allocations, by CUDA IPC, read in place. CPU: anonymous shared memory (memfd), into
+which the owner packs its parts at each update; it has no name, so that nothing is left of a killed process.
+Nobody writes into another process's memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import socket
+import stat
+import struct
+import warnings
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weightbus import driver
+from weightbus.driver import DriverError
+from weightbus.errors import WeightbusError
+from weightbus.exports import OTHER_HOST, Allocation, Exports, Place
+from weightbus.once import say_once
+from weightbus.part import Part
+from weightbus.runs import row_major
+from weightbus.torch_copy import Copies
+
+# Of each shared memory: the secret by which a reader knows that it has opened the right one.
+_HEADER_BYTES = mmap.PAGESIZE
+_SECRET_BYTES = 16
+_ALIGN = 64
+_SHARED = struct.Struct(f"<QQ{_SECRET_BYTES}s")  # process id, file descriptor, secret
+
+Parts = Mapping[str, Sequence[Part]]
+
+
+class IpcError(WeightbusError):
+    """Memory that can't be given to another process, or not be read here; the text says why."""
+
+
+@cache
+def host_id() -> str:
+    """The same for all processes of one running kernel, and for no others."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def device_id(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+
+
+class Export(Protocol):
+    """One trainer rank's parts, open to readers until ``close``."""
+
+    exports: Exports
+
+    def moved(self) -> bool:
+        """Whether readers would see memory that is no longer the source's."""
+
+    def pack(self, names: Collection[str]) -> None:
+        """Make what readers see of these tensors the source's present values."""
+
+    def close(self) -> None: ...
+
+
+def export_parts(parts: Parts, device: torch.device) -> Export:
+    """Raises IpcError or DriverError with the reason why other processes can't read the parts."""
+    for name, held in parts.items():
+        for part in held:
+            if part.tensor.device != device:
+                raise IpcError(f"{name}: expected memory on {device}, got {part.tensor.device}")
+            if not row_major(part.tensor.stride(), part.box.sizes):
+                raise IpcError(
+                    f"{name}: expected rows of adjacent elements, got strides {part.tensor.stride()}"
+                )
+    return DeviceExport(parts, device) if device.type == "cuda" else SharedExport(parts)
+
+
+class DeviceExport:
+    """Allocations of a CUDA device, as they are."""
+
+    def __init__(self, parts: Parts, device: torch.device) -> None:
+        self._device = device
+        bases: list[int] = []  # in order of address
+        sizes: dict[int, int] = {}
+        with torch.cuda.device(device):
+            driver.bind()
+            for address in sorted(_address(part) for held in parts.values() for part in held):
+                if address and not (bases and address < bases[-1] + sizes[bases[-1]]):
+                    base, nbytes = driver.allocation_of(address)
+                    bases.append(base)
+                    sizes[base] = nbytes
+            self._ids = [(base, driver.buffer_id(base)) for base in bases]
+            allocations = tuple(Allocation(handle=driver.handle_of(base), nbytes=sizes[base]) for base in bases)
+
+        def place(part: Part) -> Place:
+            index = max(0, bisect_right(bases, _address(part)) - 1)
+            offset = _address(part) - bases[index] if _address(part) else 0
+            return Place(allocation=index, offset=offset, strides=part.tensor.stride())
+
+        self.exports = Exports(
+            host=host_id(),
+            device=device_id(device),
+            allocations=allocations,
+            places={name: tuple(map(place, held)) for name, held in parts.items()},
+        )
+
+    def moved(self) -> bool:
+        # A tensor's address says too little: freed memory may come back there, as other memory.
+        return any(driver.buffer_id(base) != number for base, number in self._ids)
+
+    def pack(self, names: Collection[str]) -> None:
+        """Nothing: readers see the source itself."""
+
+    def close(self) -> None:
+        """Nothing: a handle holds no memory."""
+
+
+def _address(part: Part) -> int:
+    """Of the first element; 0 for none."""
+    return part.tensor.data_ptr() if part.tensor.numel() else 0
+
+
+class SharedExport:
+    """A second copy of the parts, in shared memory. Pages that are never packed take no memory."""
+
+    def __init__(self, parts: Parts) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise IpcError("this system has no anonymous shared memory (memfd)")
+        offset = _HEADER_BYTES
+        places: dict[str, tuple[Place, ...]] = {}
+        for name, held in parts.items():
+            rows = []
+            for part in held:
+                rows.append(Place(allocation=0, offset=offset, strides=_contiguous(part.box.sizes)))
+                offset += -(-part.tensor.nbytes // _ALIGN) * _ALIGN
+            places[name] = tuple(rows)
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        self._file = os.memfd_create("weightbus", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._file, offset)
+        # Readers need not fear that pages vanish under them.
+        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        memory = mmap.mmap(self._file, offset)
+        memory[:_SECRET_BYTES] = secret
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._parts = parts
+        self.exports = Exports(
+            host=host_id(),
+            device="cpu",
+            allocations=(Allocation(handle=_SHARED.pack(os.getpid(), self._file, secret), nbytes=offset),),
+            places=places,
+        )
+
+    def moved(self) -> bool:
+        return self._file < 0
+
+    def pack(self, names: Collection[str]) -> None:
+        copies = Copies()
+        for name in names:
+            for part, place in zip(self._parts[name], self.exports.places[name], strict=True):
+                if part.tensor.numel():
+                    copies.add(self._view(part, place), part.tensor)
+        copies.run()
+
+    def _view(self, part: Part, place: Place) -> Tensor:
+        return view_of(self._memory, place.offset, part.tensor.dtype, part.box.sizes, place.strides)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._memory = self._memory.new_empty(0)
+
+
+def _contiguous(sizes: Sequence[int]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(sizes[1:]):
+        strides.append(strides[-1] * max(1, size))
+    return tuple(reversed(strides[: len(sizes)]))
+
+
+def view_of(
+    memory: Tensor, offset: int, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int]
+) -> Tensor:
+    """A box in flat uint8 memory; offset in bytes, strides in elements."""
+    reach = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) + 1
+    flat = memory[offset : offset + reach * dtype.itemsize].view(dtype)
+    return flat.as_strided(sizes, strides)
+
+
+def import_exports(exports: Exports, device: torch.device) -> DeviceImport | SharedImport:
+    """Map them for copies to ``device``. Raises IpcError or DriverError with the reason why that can't be."""
+    if exports.reason:
+        raise IpcError(exports.reason)
+    if exports.host != host_id():
+        raise IpcError(OTHER_HOST)
+    if (exports.device == "cpu") != (device.type == "cpu"):
+        raise IpcError(f"source on {exports.device}, target on {device}")
+    return DeviceImport(exports, device) if device.type == "cuda" else SharedImport(exports)
+
+
+class DeviceImport:
+    """One trainer rank's allocations, mapped here until ``close``.
+
+    addresses: of each, in the mapping of the device that copies. near: whether they lie on that device.
+    """
+
+    def __init__(self, exports: Exports, device: torch.device) -> None:
+        self.exports = exports
+        self.near = exports.device == device_id(device)
+        self.addresses: list[int] = []
+        self._device = device
+        try:
+            with torch.cuda.device(device):
+                driver.bind()
+                for allocation in exports.allocations:
+                    self.addresses.append(driver.open_handle(allocation.handle))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        addresses, self.addresses = self.addresses, []
+        with torch.cuda.device(self._device):
+            for address in addresses:
+                try:
+                    driver.close_handle(address)
+                except DriverError as error:  # a device that has failed; the others are given back
+                    say_once(str(error))
+
+
+class SharedImport:
+    """One trainer rank's shared memory, mapped here until ``close`` and the last view: flat uint8, not to be
+    written."""
+
+    def __init__(self, exports: Exports) -> None:
+        self.exports = exports
+        self.memory = [_map(allocation) for allocation in exports.allocations]
+
+    def close(self) -> None:
+        # Unmapped with the last view; a plan that is dropped drops its views.
+        self.memory = []
+
+
+Import = DeviceImport | SharedImport
+
+
+def _map(allocation: Allocation) -> Tensor:
+    try:
+        process, number, secret = _SHARED.unpack(allocation.handle)
+        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (struct.error, OSError) as error:
+        raise IpcError(f"shared memory can't be opened: {error}") from error
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or not _HEADER_BYTES <= allocation.nbytes <= found.st_size:
+            raise IpcError(f"shared memory: expected {allocation.nbytes} bytes, got {found.st_size}")
+        if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise IpcError("shared memory: expected one that is sealed against shrinking")
+        memory = mmap.mmap(file, allocation.nbytes, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise IpcError(f"shared memory can't be mapped: {error}") from error
+    finally:
+        os.close(file)
+    if memory[:_SECRET_BYTES] != secret:
+        raise IpcError("shared memory: expected the trainer's, got another process's (pid namespaces differ)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it is not to be written
+        return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,0 +1,105 @@
+"""A link to a hub that is not a process: for a trainer and a server that are one process, the only one.
+
+The same coordinator decides, so updates, checks, states and reports are the same. Nothing is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections import deque
+from typing import Any
+
+from weightbus import messages as m
+from weightbus.errors import HubError, ProtocolError
+from weightbus.protocol import Coordinator
+from weightbus.wire import FromHub
+
+PREFIX = "inproc://"
+
+# The one peer is this process itself: it can't die without taking the coordinator with it.
+_FOREVER_S = 1e18
+
+
+class Loopback:
+    """As ``Link``, with the coordinator in this process."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.peer = secrets.token_hex(8)
+        self.process = secrets.token_hex(16)
+        self.context: Any = None
+        self._coordinator = Coordinator(dead_after_s=_FOREVER_S)
+        self._inbox: deque[FromHub] = deque()
+
+    def join(
+        self,
+        *,
+        role: m.Role,
+        rank: int,
+        size: int,
+        replica: int,
+        device: str,
+        timeout_s: float,
+        start_hub_dead_after_s: float | None = None,
+    ) -> None:
+        """Take a role. Raises HubError with the coordinator's reason."""
+        hello = m.Hello(
+            process=self.process,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=device,  # type: ignore[arg-type]
+            role=role,
+            rank=rank,
+            size=size,
+            replica=replica,
+        )
+        admitted = self._coordinator.roster.admit(hello, self.peer, time.monotonic())
+        if isinstance(admitted, m.Refused):
+            raise HubError(f"refused: {admitted.reason}")
+
+    def send(self, message: m.Message) -> None:
+        now = time.monotonic()
+        match message:
+            case m.Enter():
+                self._coordinator.enter(message, now)
+            case m.Facts() | m.Ready() | m.Refuse() | m.Done() | m.Sums():
+                self._coordinator.answer(message, now)
+            case _:
+                raise ProtocolError(f"{type(message).__name__}: not for a process by itself")
+
+    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> FromHub | None:
+        """The next message. None, at once, where none can come any more."""
+        self._take()
+        if not self._inbox and timeout_s:
+            # Only time can move a round that waits: for a replica, or for others' word of a failure.
+            deadline = time.monotonic() + timeout_s
+            while not self._inbox and self._coordinator.round and time.monotonic() < deadline:
+                time.sleep(0.01)
+                self._coordinator.advance(time.monotonic())
+                self._take()
+        return self._inbox.popleft() if self._inbox else None
+
+    def _take(self) -> None:
+        for _, message in self._coordinator.outbox:
+            self._inbox.append(message)  # type: ignore[arg-type]
+        self._coordinator.outbox.clear()
+
+    def push_back(self, message: FromHub) -> None:
+        self._inbox.appendleft(message)
+
+    # Its hub can't be lost.
+    lost = ""
+    silent_s = 0.0
+
+    def rejoin(self, timeout_s: float) -> bool:
+        return True
+
+    def leave(self, role: m.Role) -> None:
+        for peer in self._coordinator.roster.peers.values():
+            peer.roles.pop(role, None)
+
+    def close(self) -> None:
+        self._inbox.clear()

@@ -1,0 +1,91 @@
+"""The plan of the peer route: which server rank copies which boxes out of which rank's memory. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from weightbus.box import Box
+from weightbus.facts import Facts
+from weightbus.plan import Want, check_wants, merge_sources, wire_specs
+from weightbus.spec import ITEMSIZE, Spec, fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box that one group rank holds whole, in one part: ``tensor`` indexes the plan's specs."""
+
+    src: int
+    tensor: int
+    box: Box
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerPlan:
+    """specs: the wire's, in canonical order.
+
+    owned: every element of every tensor once, with the rank that answers for it in the proof.
+    copies: for each server's group rank, every element that it wants once, with the rank to copy it from.
+    """
+
+    specs: tuple[Spec, ...]
+    owned: tuple[Piece, ...]
+    copies: Mapping[int, tuple[Piece, ...]]
+    fingerprint: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that travel."""
+        return sum(spec.nbytes for spec in self.specs)
+
+
+def plan_peer(sources: Mapping[int, Facts], wants: Mapping[int, Want]) -> PeerPlan:
+    """sources: for each group rank that sends, what it holds. wants: by the group rank of each server.
+
+    A rank copies what it holds itself from itself; of ranks that hold the same, each takes its share.
+    Raises SpecError or CoverageError, naming tensor and ranks, where the two cannot be matched.
+    """
+    manifest = merge_sources(sources)
+    check_wants(manifest, list(wants.values()))
+    specs = wire_specs(manifest, list(wants.values()))
+    owned: list[Piece] = []
+    copies: dict[int, list[Piece]] = {rank: [] for rank in wants}
+    load = dict.fromkeys(sources, 0)
+    for index, spec in enumerate(specs):
+        for box, holders in _holders(spec.name, sources).items():
+            owner = min(holders, key=lambda rank: (load[rank], rank))
+            load[owner] += box.volume * ITEMSIZE[spec.dtype]
+            owned.append(Piece(owner, index, box))
+            for place, (rank, want) in enumerate(wants.items()):
+                src = rank if rank in holders else holders[place % len(holders)]
+                wanted = want.facts[spec.name].boxes if spec.name in want.facts else ()
+                copies[rank] += [Piece(src, index, inner) for inner in _within(wanted, box)]
+    frozen = {rank: tuple(pieces) for rank, pieces in copies.items()}
+    name = fingerprint(["peer", *specs, *owned, *frozen.items()])
+    return PeerPlan(specs=specs, owned=tuple(owned), copies=frozen, fingerprint=name)
+
+
+def _holders(name: str, sources: Mapping[int, Facts]) -> dict[Box, list[int]]:
+    """The distinct boxes of a tensor, each with the ranks that hold it."""
+    holders: dict[Box, list[int]] = {}
+    for rank, facts in sources.items():
+        for box in facts[name].boxes if name in facts else ():
+            if box.volume:
+                holders.setdefault(box, []).append(rank)
+    return holders
+
+
+def _within(wanted: Sequence[Box], held: Box) -> list[Box]:
+    """The elements of ``held`` that are wanted, each once, though wanted boxes may overlap."""
+    found = [inner for box in dict.fromkeys(wanted) if (inner := box.intersect(held)) is not None]
+    return list(dict.fromkeys(found))
+
+
+def why_cast(sources: Mapping[int, Facts], wants: Sequence[Want]) -> str:
+    """Names a tensor that has to be cast on its way, as a copy does not; empty if there is none."""
+    dtypes = {name: holding.spec.dtype for facts in sources.values() for name, holding in facts.items()}
+    for want in wants:
+        for name, holding in want.facts.items():
+            if name in dtypes and holding.spec.dtype != dtypes[name]:
+                return f"{name} is {dtypes[name]} on the trainer and {holding.spec.dtype} on {want}"
+    return ""
