@@ -25,7 +25,7 @@ LAST = 1000
 
 def polling_trainer(rank, size, *, address):
     """Runs what it is asked for; version ``LAST`` ends it. A first update of its own answers nobody."""
-    source = [("a", torch.zeros(300, 40)), ("b", torch.zeros(7))]
+    source = [("a", torch.zeros(300, 40)), ("b", torch.zeros(8))]
     versions = []
     with weightbus.Publisher(source, address=address, join_timeout_s=20, min_replicas=1) as publisher:
         while publisher.version != LAST:
@@ -38,8 +38,8 @@ def polling_trainer(rank, size, *, address):
 
 
 def spoiling_server(rank, size, *, address):
-    """One element of version 2 changes after its commit."""
-    target = [("a", torch.zeros(300, 40)), ("b", torch.zeros(7))]
+    """One element of version 2 changes after its commit. Its dtype makes the trainer cast, in buckets."""
+    target = [("a", torch.zeros(300, 40).bfloat16()), ("b", torch.zeros(8).bfloat16())]
 
     def spoil(version):
         if version == 2 and rank == 1:
@@ -141,7 +141,7 @@ def test_an_operators_session(address, tmp_path):
     stages = status.past[-1].ranks
     assert {"ready", "pack", "send", "digest"} <= stages[0].stages.keys() | stages[1].stages.keys()
     assert {"install", "digest"} <= stages[2].stages.keys()
-    assert status.past[-1].nbytes == 4 * (300 * 40 + 7)
+    assert status.past[-1].nbytes == 2 * (300 * 40 + 8)
     assert seen["check"][0] == 0
     assert seen["check"][1].startswith("verified version 1 on 2 server ranks")
     assert seen["paused"].ok
@@ -176,7 +176,7 @@ def test_an_operators_session(address, tmp_path):
 
 def updating_trainer(rank, size, *, address):
     """Never polls: what is asked for is done at the end of its updates."""
-    source = [("a", torch.zeros(300, 40)), ("b", torch.zeros(7))]
+    source = [("a", torch.zeros(300, 40)), ("b", torch.zeros(8))]
     with weightbus.Publisher(source, address=address, join_timeout_s=20) as publisher:
         for version in range(1, 100):
             publisher.update(version)

@@ -144,8 +144,8 @@ def killing_trainer(rank, size, *, address, hub):
         with pytest.raises(weightbus.UpdateError, match="expected one above 1, the last committed"):
             publisher.update(1)
         calls = []
-        survey = publisher._origin.blob
-        publisher._origin.blob = lambda modules: calls.append(1) or survey(modules)
+        facts = publisher._origin.facts
+        publisher._origin.facts = lambda modules: calls.append(1) or facts(modules)
         two = publisher.update(2)
     return one.epoch, two.epoch, two.word, len(calls)
 
