@@ -68,13 +68,14 @@ class Rank:
 
     def wrong(self, model: str, target: dict[str, Tensor]) -> int:
         """How many bytes differ on the server rank from what the trainer rank drew."""
-        count = torch.zeros((), dtype=torch.int64)
+        count = torch.zeros((), dtype=torch.int64, device=self.device)
         if not self.sends:
             for i, (name, shape) in items(model):
                 expected = drawn(i, shape, self.device).to(target[name].dtype)
-                count += (as_bytes(expected) != as_bytes(target[name])).sum().cpu()
-        dist.all_reduce(count)
-        return int(count)
+                count += (as_bytes(expected) != as_bytes(target[name])).sum()
+        total = count.cpu()
+        dist.all_reduce(total)
+        return int(total)
 
     def both(self, value: float, op: Any = dist.ReduceOp.MAX) -> float:
         number = torch.tensor(value, dtype=torch.float64)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightbus.box import Box, check_exact_cover
+from weightbus.box import Box, check_exact_cover, overlap
 from weightbus.errors import CoverageError
 from weightbus.spec import ITEMSIZE, Spec, castable
 
@@ -30,11 +30,11 @@ def marked(box: Box, shape: tuple[int, ...]) -> np.ndarray:
 def test_intersect_holds_the_elements_of_both(data: st.DataObject, shape: tuple[int, ...]) -> None:
     a, b = data.draw(boxes_in(shape)), data.draw(boxes_in(shape))
     both = marked(a, shape) & marked(b, shape)
-    overlap = a.intersect(b)
-    assert (overlap is None) == (not both.any())
-    assert overlap == b.intersect(a)
-    if overlap is not None:
-        assert np.array_equal(marked(overlap, shape), both)
+    common = a.intersect(b)
+    assert (common is None) == (not both.any())
+    assert common == b.intersect(a)
+    if common is not None:
+        assert np.array_equal(marked(common, shape), both)
 
 
 @given(st.data(), shapes)
@@ -80,6 +80,14 @@ def test_check_exact_cover_agrees_with_counting(data: st.DataObject, shape: tupl
     else:
         with pytest.raises(CoverageError, match=r"^w: .*; here$"):
             check_exact_cover("w", shape, boxes, "here")
+
+
+@given(st.data(), shapes)
+def test_overlap_agrees_with_counting(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    ones, others = (data.draw(st.lists(boxes_in(shape), max_size=4)) for _ in range(2))
+    one, other = (sum((marked(box, shape) for box in boxes), np.zeros(shape)) for boxes in (ones, others))
+    assert overlap(ones) == bool((one > 1).any())
+    assert overlap(ones, others) == bool(((one > 0) & (other > 0)).any())
 
 
 def test_check_exact_cover_names_what_is_wrong() -> None:

@@ -32,6 +32,7 @@ GOOD = {
     "nbytes": "100",
     "update": "verified version 1: ...",
     "check": "verified version 1",
+    "check_seconds": "0.0123",
 }
 
 
@@ -42,6 +43,7 @@ def row(run: ModuleType, **changes: object) -> object:
 
 def test_a_good_step_passes(run: ModuleType) -> None:
     assert row(run).faults() == []
+    assert row(run).cells()[-2] == "12 ms"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def name_map(wire):
     return {"o_proj": "out", "norm": "norm"}[part]
 
 
-def server(rank, size, *, address, fail_at=None, opaque=False, damage=None):
+def server(rank, size, *, address, fail_at=None, opaque=False, damage=None, **options):
     model = Fused(rank, size, fail_at, opaque)
     seen, torn = [], []
 
@@ -92,6 +92,7 @@ def server(rank, size, *, address, fail_at=None, opaque=False, damage=None):
         model,
         address=address,
         name_map=name_map,
+        **options,
         on_commit=committed,
         on_torn=lambda error: torn.append((subscriber.state, str(error))),
     )
@@ -132,6 +133,20 @@ def test_fused_and_sharded_by_hooks(address, bucket_bytes, route):
                 assert torch.equal(state[name], tensor), (number, name)
 
 
+def test_trusted_traces_are_written_without_a_call(address):
+    """The hook would fail at its first real call; there is none."""
+    trainers, servers = run_jobs(
+        Job(run=trainer, size=2, arguments={"address": address}),
+        Job(run=server, size=2, arguments={"address": address, "trust_traces": True, "fail_at": 1}),
+    )
+    assert trainers[0][0] == [("verified", [], "verified")] * 2
+    for rank, (seen, torn, _, _) in enumerate(servers):
+        assert torn == []
+        for number, state in enumerate(seen, start=1):
+            for name, tensor in expected(number, rank, 2).items():
+                assert torch.equal(state[name], tensor), (number, name)
+
+
 @pytest.mark.parametrize("route", ["broadcast", "peer"])
 def test_a_raising_hook_tears_and_a_whole_update_mends(address, route):
     """The hook's third call fails on both ranks; the next update is complete and leads out."""
@@ -142,7 +157,7 @@ def test_a_raising_hook_tears_and_a_whole_update_mends(address, route):
     (kind, text), second = trainers[0][0]
     assert kind == "TornError"
     for part in (
-        "v_proj.weight",
+        "_proj.weight: weight_loader of qkv raised ValueError",
         "no room for this shard",
         "replica 0 server rank 0",
         "replica 0 server rank 1",
@@ -220,7 +235,7 @@ def vocabulary_trainer(rank, size, *, address):
     return outcomes
 
 
-def vocabulary_server(rank, size, *, address, forgets=False, spoil=False, local=()):
+def vocabulary_server(rank, size, *, address, forgets=False, spoil=False, local=(), trust_traces=False):
     model = Padded(forgets)
 
     def committed(version):
@@ -228,7 +243,9 @@ def vocabulary_server(rank, size, *, address, forgets=False, spoil=False, local=
             with torch.no_grad():
                 model.table[38, 2] = 1e-3
 
-    with weightbus.Subscriber(model, address=address, local=local, on_commit=committed) as subscriber:
+    with weightbus.Subscriber(
+        model, address=address, local=local, trust_traces=trust_traces, on_commit=committed
+    ) as subscriber:
         subscriber.serve()
     return model.table[37:].detach().sum().item()
 
@@ -237,11 +254,16 @@ def vocabulary_server(rank, size, *, address, forgets=False, spoil=False, local=
     ("arguments", "outcome", "tail"),
     [
         ({}, "verified version 1", 0.0),
-        ({"spoil": True}, "table: expected 0 in [37:40, 0:6], where its weight_loader fills it", 1e-3),
+        ({"trust_traces": True}, "verified version 1", 0.0),
+        (
+            {"spoil": True},
+            "expected 0 in [37:40, 0:6], where its weight_loader fills it; fill: wrong within [38:39, 2:3]",
+            1e-3,
+        ),
         ({"forgets": True}, "expected weight_loader to write all 240 elements of shape [40, 6], got 222", 18.0),
         ({"forgets": True, "local": ["table"]}, "verified version 1", 18.0),
     ],
-    ids=["filled", "spoiled", "forgotten", "declared"],
+    ids=["filled", "filled without a call", "spoiled", "forgotten", "declared"],
 )
 def test_padding(address, arguments, outcome, tail):
     ((outcomes,), (left,)) = run_jobs(

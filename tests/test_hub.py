@@ -48,9 +48,11 @@ SAMPLES: list[m.Message] = [
     m.Refuse(peer="p", update=1, reason="no"),
     m.Done(
         peer="p", update=1, sent=[m.Fold(job=0, group=0, sums=(1, 2), nbytes=3)], arrived={"a": "b"},
-        wrong=[("a", "b")], stages={"send": 0.1},
+        stages={"send": 0.1},
     ),
     m.Sums(peer="p", update=1, live=[m.TensorSums(job=0, group=0, sums={"a": (1, 2)})]),
+    m.Clues(peer="p", update=1, clues=[]),
+    m.Probed(peer="p", update=1, sums=[[(1, 2)]]),
     m.Poll(peer="p", number=1),
     a.AskStatus(id="i", past=16),
     a.AskUpdate(id="i", hub="h", wait_s=1.0, version=3, modules=["a"]),

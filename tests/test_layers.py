@@ -18,7 +18,7 @@ PACKAGE = "weightbus"
 
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
-    1: ("errors", "box", "spec", "facts", "plan", "exports", "peer_plan", "runs"),
+    1: ("errors", "box", "spec", "facts", "plan", "narrow", "exports", "peer_plan", "runs"),
     2: (
         "part",
         "layout",
@@ -34,6 +34,7 @@ LAYERS = {
         "bucket",
         "trace",
         "torch_trace",
+        "hook",
         "install",
         "digest",
         "ledger",
@@ -50,6 +51,7 @@ LAYERS = {
         "roster",
         "requests",
         "rebuild",
+        "judge",
         "protocol",
         "rendezvous",
         "overview",
@@ -74,7 +76,18 @@ LAYERS = {
         "sha256_ranks",
         "sha256_check",
     ),
-    4: ("client", "report", "ends", "planned", "turn", "session", "publisher", "subscriber", "colocated"),
+    4: (
+        "client",
+        "report",
+        "ends",
+        "witness",
+        "planned",
+        "turn",
+        "session",
+        "publisher",
+        "subscriber",
+        "colocated",
+    ),
     5: ("cli", "operate", "metrics", "timeline", "digest_files", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -134,18 +134,149 @@ def test_sums_without_the_bytes_are_no_proof(sent, live, verdict, reason):
     assert reason is None or reason in outcome.failures[0].reason
 
 
-def test_differing_folds_are_resolved_to_tensors():
-    room = Room()
-    room.to_run()
-    room.say(m.Done, "t0", sent=[fold(5)])
-    room.say(m.Done, "s0", live=[fold(6)])
-    assert [message.groups for _, message in only(room.heard(), m.Detail)] == [[(0, 0)]] * 2
-    row = {"a": (1, 2), "b": (3, 4)}
-    room.say(m.Sums, "t0", sent=[m.TensorSums(job=0, group=0, sums=row)])
-    room.say(m.Sums, "s0", live=[m.TensorSums(job=0, group=0, sums=row | {"b": (3, 5)})])
-    ((_, outcome), _) = only(room.heard(), m.Outcome)
-    assert (outcome.ok, outcome.verdict, outcome.moved) == (False, "mismatch", True)
-    assert [(f.tensor, f.rank) for f in outcome.failures] == [("b", "replica 0 server rank 0")]
+def lies(box=((0, 0), (4, 8)), now=(3, 4), **changes):
+    """What s0 and t0 know of tensor b, whose right sums are (3, 4)."""
+    nothing = {"former": None, "former_sums": (0, 0), "elsewhere": {}}
+    span = m.Span(offsets=list(box[0]), sizes=list(box[1]))
+    live = m.LiveClue(**nothing | changes.get("live", {}), pieces=1, box=span, shape=[4, 8])
+    why = "" if now else "the source has moved on"
+    sent = m.SentClue(**nothing | changes.get("sent", {}), now=now, why=why)
+    return [m.Clue(sent=sent)], [m.Clue(live=live)]
+
+
+class Wrong(Room):
+    """A round up to CLUES in which tensor b of s0 is wrong; ``sums`` are what it digests."""
+
+    def __init__(self, sums=(3, 5)):
+        super().__init__()
+        self.to_run()
+        self.say(m.Done, "t0", sent=[fold(5)])
+        self.say(m.Done, "s0", live=[fold(6)])
+        assert [message.groups for _, message in only(self.heard(), m.Detail)] == [[(0, 0)]] * 2
+        row = {"a": (1, 2), "b": (3, 4)}
+        self.say(m.Sums, "t0", sent=[m.TensorSums(job=0, group=0, sums=row)])
+        self.say(m.Sums, "s0", live=[m.TensorSums(job=0, group=0, sums=row | {"b": sums})])
+
+    def clues(self, **changes):
+        sent, live = lies(**changes)
+        self.say(m.Clues, "t0", clues=sent)
+        self.say(m.Clues, "s0", clues=live)
+        return self.heard()
+
+    def failure(self):
+        """The one failure that all are told, and that the verdict is a mismatch."""
+        outcomes = only(self.heard(), m.Outcome)
+        assert {(o.ok, o.verdict, o.moved) for _, o in outcomes} == {(False, "mismatch", True)}
+        assert self.hub.round is None
+        return outcomes[0][1].failures
+
+
+def test_differing_folds_are_resolved_to_tensors_and_boxes():
+    room = Wrong()
+    asked = [message.suspects for _, message in only(room.heard(), m.Suspects)]
+    assert [[(s.job, s.group, s.tensor) for s in suspects] for suspects in asked] == [[(0, 0, "b")]] * 2
+    rounds = 0
+    probes = only(room.clues(), m.Probe)
+    while probes:
+        rounds += 1
+        for peer, probe in probes:
+            (question,) = probe.questions
+            assert question.sent == (peer == "t0")
+            wrong = [
+                (9, 9)
+                if peer == "s0"
+                and all(o <= x < o + n for o, n, x in zip(span.offsets, span.sizes, (2, 7), strict=True))
+                else (1, 1)
+                for span in question.boxes
+            ]
+            room.say(m.Probed, peer, sums=[wrong])
+        if room.hub.round is None:
+            break
+        probes = only(room.heard(), m.Probe)
+    (failure,) = room.failure()
+    assert rounds == 2
+    assert (failure.tensor, failure.rank, failure.kind) == ("b", "replica 0 server rank 0", "element")
+    assert (failure.box.offsets, failure.box.sizes) == ([2, 7], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("sums", "changes", "kind", "note"),
+    [
+        ((0, 0), {}, "zeros", "zero"),
+        ((1, 2), {}, "swapped", "its digest is the one expected of a"),
+        (
+            (3, 5),
+            {"live": {"former": 7, "former_sums": (8, 8)}, "sent": {"former": 7, "former_sums": (8, 8)}},
+            "stale",
+            "under the seed of version 7",
+        ),
+        (
+            (3, 5),
+            {"live": {"elsewhere": {1: (6, 6)}}, "sent": {"elsewhere": {1: (6, 6)}}},
+            "other shard",
+            "shard",
+        ),
+    ],
+)
+def test_kinds_are_what_sums_equal(sums, changes, kind, note):
+    room = Wrong(sums)
+    sent, live = lies(**changes)
+    room.say(m.Clues, "t0", clues=sent)
+    room.say(m.Clues, "s0", clues=live)
+    (failure,) = room.failure()
+    assert failure.kind == kind
+    assert note in failure.reason
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"live": {"former": 7, "former_sums": (8, 8)}, "sent": {"former": 7, "former_sums": (8, 9)}},
+        {"live": {"former": 7, "former_sums": (8, 8)}, "sent": {"former": 6, "former_sums": (8, 8)}},
+        {"live": {"elsewhere": {1: (6, 6)}}, "sent": {"elsewhere": {2: (6, 6)}}},
+        {"live": {"elsewhere": {1: (0, 0)}}, "sent": {}},
+    ],
+    ids=["other sums", "other version", "other group", "zeros"],
+)
+def test_nothing_is_claimed_without_equal_sums(changes):
+    room = Wrong()
+    assert only(room.clues(**changes), m.Probe), "it has to be looked at"
+    room.wait(30.0)
+    (failure,) = room.failure()
+    assert failure.kind == ""
+
+
+@pytest.mark.parametrize("phase", [Phase.CLUES, Phase.NARROW])
+@pytest.mark.parametrize("how", ["dies", "is silent", "fails"])
+def test_after_detail_the_verdict_stands(phase, how):
+    """Whoever does not help to look into it: the tensor is named all the same."""
+    room = Wrong()
+    if phase is Phase.NARROW:
+        room.clues()
+    assert room.hub.round.phase is phase
+    room.heard()
+    answer, empty = (m.Clues, {"clues": []}) if phase is Phase.CLUES else (m.Probed, {"error": "no memory"})
+    if how == "dies":
+        room.drop("t0")
+    for peer in {"dies": ["s0"], "fails": ["t0", "s0"], "is silent": []}[how]:
+        room.say(answer, peer, **empty)
+    room.wait(25.0)
+    failures = room.failure()
+    assert (failures[0].tensor, failures[0].rank) == ("b", "replica 0 server rank 0")
+    assert len(failures) == (2 if how == "dies" else 1)
+    if (phase, how) == (Phase.NARROW, "fails"):
+        assert "not narrowed further" in failures[0].where
+        assert "no memory" in failures[0].where
+
+
+def test_a_mismatch_starts_a_new_epoch():
+    """The ranks abort their group after it."""
+    room = Wrong()
+    room.wait(25.0)
+    room.failure()
+    room.enter("t0", version=2)
+    offer = only(room.heard(), m.Offer)[0][1]
+    assert (offer.epoch, offer.planned) == (2, False)
 
 
 PHASES = {

@@ -76,6 +76,30 @@ class Box:
         return "[" + ", ".join(f"{low}:{high}" for low, high in spans) + "]"
 
 
+def overlap(boxes: Sequence[Box], others: Sequence[Box] | None = None) -> bool:
+    """Whether a box shares an element with one of ``others``; without these, with another one of ``boxes``.
+
+    n log n where the boxes follow each other along some axis, as the rows of a matrix do.
+    """
+    marked = [(box, True) for box in boxes] + [(box, False) for box in others or ()]
+    marked = [(box, mine) for box, mine in marked if box.volume]
+    if len(marked) < 2:
+        return False
+    axes = range(len(marked[0][0].sizes))
+    axis = max(axes, key=lambda axis: len({box.offsets[axis] for box, _ in marked}), default=None)
+    if axis is None:
+        return others is None or {mine for _, mine in marked} == {True, False}
+    marked.sort(key=lambda mark: mark[0].offsets[axis])
+    for i, (box, mine) in enumerate(marked):
+        end = box.offsets[axis] + box.sizes[axis]
+        for other, too in marked[i + 1 :]:
+            if other.offsets[axis] >= end:
+                break
+            if (others is None or mine != too) and box.intersect(other):
+                return True
+    return False
+
+
 def check_exact_cover(name: str, shape: Sequence[int], boxes: Iterable[Box], where: str) -> None:
     """Raise CoverageError unless the boxes hold each element of ``shape`` exactly once."""
     whole = Box.whole(shape)

@@ -9,7 +9,7 @@ from typing import Any
 
 from weightbus.bucket import Compiled, Wave
 from weightbus.group import Group
-from weightbus.install import Hook
+from weightbus.hook import Hook
 from weightbus.lanes import Lanes, Mark, wait_for
 from weightbus.ledger import Ledger
 
@@ -81,8 +81,9 @@ class Broadcast:
                     wait_for(mark, check, pause_s=pause_s)
                     progress(wave.nbytes)
                 wait_for(lanes.install.mark(), check, pause_s=pause_s)
-        finally:
+        except BaseException:
             lanes.end()
+            raise
 
     def _start(self, index: int, wave: Wave, seed: bytes | None) -> tuple[list[Any], Mark]:
         """Fill this rank's bucket and start the transfers; what to wait for."""

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from torch import nn
+
 from weightbus import messages as m
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.facts import Holding, encode_facts, facts_id
 from weightbus.frozen import Frozen, Where
-from weightbus.install import NameMap, Target, Traces
+from weightbus.hook import Traces
+from weightbus.install import NameMap, Target
 from weightbus.layout import Layout, Source, layout_of
-from weightbus.ledger import Ledger, Record, live_entries
+from weightbus.ledger import Former, Ledger, Record, live_entries
 from weightbus.spec import Spec
 
 log = logging.getLogger("weightbus")
@@ -54,6 +57,14 @@ class _End:
         """What was committed counts as ``version`` from now on."""
         relabelled = {id(record): replace(record, version=version) for record in self._records.values()}
         self._records = {key: relabelled[id(record)] for key, record in self._records.items()}
+
+    def former(self, ledger: Ledger, modules: Sequence[str] | None) -> Former | None:
+        """What was committed last of these modules, if it was by the same plan."""
+        held = [self._records.get(key) for key in self._keys(modules)]
+        record = held[0]
+        if record is None or record.ledger is not ledger or any(other is not record for other in held):
+            return None
+        return Former(version=record.version, seed=record.seed, sums=record.sums)
 
     def forget(self, modules: Sequence[str] | None) -> None:
         for key in self._keys(modules):
@@ -123,6 +134,8 @@ class Destination(_End):
         *,
         name_map: NameMap | None,
         local: Sequence[str],
+        derived: Sequence[str],
+        trust_traces: bool,
         on_update: Callable[[int], None] | None,
         on_commit: Callable[[int], None] | None,
         on_torn: Callable[[WeightbusError], None] | None,
@@ -131,7 +144,8 @@ class Destination(_End):
         super().__init__(source)
         for one, other in self.layout.overlapping():
             raise SpecError(f"{one}: shares part of its storage with {other}; expected one or the other")
-        self._name_map, self._local = name_map, local
+        self._name_map, self._local, self._derived = name_map, local, derived
+        self._trust_traces = trust_traces
         self._on_update, self._on_commit = on_update, on_commit
         self._on_torn, self._on_refused = on_torn, on_refused
         self.state: State = "empty"
@@ -147,8 +161,23 @@ class Destination(_End):
             manifest,
             name_map=self._name_map,
             local=self._local,
+            derived=self._derived,
+            loaders=self._loaders(),
+            trust_traces=self._trust_traces,
             traces=self._traces,
         )
+
+    def _loaders(self) -> dict[str, nn.Module]:
+        """Modules that have ``load_weights``, by the prefix of their names."""
+        source = self.source
+        modules = (
+            {"": source} if isinstance(source, nn.Module) else source if isinstance(source, Mapping) else {}
+        )
+        return {
+            name and f"{name}.": module
+            for name, module in modules.items()
+            if callable(getattr(module, "load_weights", None))
+        }
 
     def record(self, job: m.Job) -> Record:
         """What this rank holds of ``job``; its ledger digests what is live now."""

@@ -128,7 +128,7 @@ class Hub:
             a.AskResume: self._resume,
             **dict.fromkeys((a.AskUpdate, a.AskCheck, a.AskVersion), self._request),
             **dict.fromkeys((m.Leave, m.Piece, m.Enter, m.Poll), self._from_member),
-            **dict.fromkeys((m.Facts, m.Ready, m.Refuse, m.Done, m.Sums), self._from_member),
+            **dict.fromkeys((m.Facts, m.Ready, m.Refuse, m.Done, m.Sums, m.Clues, m.Probed), self._from_member),
             **dict.fromkeys((m.StoreSet, m.StoreGet, m.StoreAdd), self._store),
             **dict.fromkeys((m.StoreCheck, m.StoreDelete, m.StoreCount), self._store),
         }

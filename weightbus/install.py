@@ -1,84 +1,39 @@
-"""Writing arrived boxes into live parameters: plain tensors, DTensor shards, ``weight_loader`` hooks.
+"""Writing arrived boxes into live parameters: plain tensors, DTensor shards, and through loading code.
 
-A *name map* says what a wire name means on this rank: a parameter's name, a tuple of the name and
-further arguments for its ``weight_loader`` (``("qkv_proj.weight", "q")``), or None where another
-rank of the replica takes it.
+A *name map* says what a wire name means on this rank: a parameter's name (or, for a module with
+``load_weights``, the name that this is told), a tuple of the name and further arguments for its
+``weight_loader`` (``("qkv_proj.weight", "q")``), or None where another rank of the replica takes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from weightbus.box import Box
-from weightbus.errors import SpecError, UpdateError
+from weightbus.box import Box, overlap
+from weightbus.errors import SpecError
 from weightbus.facts import Facts, Holding
+from weightbus.hook import Hook, NotALoader, Traces, load_weights_hooks, weight_loader_hook
 from weightbus.layout import Layout, Part
 from weightbus.part import plain_view
 from weightbus.spec import Spec, castable
-from weightbus.torch_trace import trace
-from weightbus.trace import Effect, Untraceable
+from weightbus.trace import Effect, Fill, less
 
 Mapped = str | tuple[Any, ...] | None
 NameMap = Callable[[str], Mapped] | Mapping[str, Mapped]
 
 
-# Effects of hooks, or why they have none that is known; kept by a rank, as tracing takes a while.
-Traces = dict[Hashable, Effect | str]
-
-
-@dataclass(slots=True, kw_only=True)
-class Hook:
-    """A ``weight_loader`` that installs one wire tensor, which it takes whole.
-
-    effect: what it does to the parameter; or the reason why that is not known, so that no more can be
-    digested than what it was given.
-    """
-
-    wire: str
-    parameter: str
-    tensor: Tensor
-    arguments: tuple[Any, ...]
-    effect: Effect | str
-
-    def run(self, arrived: Tensor) -> None:
-        """Call ``weight_loader(param, arrived, *arguments)``. Raises UpdateError with its own error."""
-        before = self.tensor.data_ptr()
-        try:
-            with torch.no_grad():
-                self.tensor.weight_loader(self.tensor, arrived, *self.arguments)  # type: ignore[attr-defined]
-        except Exception as error:
-            what = f"weight_loader of {self.parameter} raised {type(error).__name__}: {error}"
-            raise UpdateError(f"{self.wire}: {what}") from error
-        if self.tensor.data_ptr() != before:
-            raise UpdateError(f"{self.wire}: weight_loader of {self.parameter} rebound its storage")
-
-
-def _traced(
-    tensor: Tensor, parameter: str, arguments: tuple[Any, ...], shape: tuple[int, ...], traces: Traces
-) -> Effect | str:
-    def hook(stand_ins: dict[str, Tensor], wire: Tensor) -> None:
-        stand_in = stand_ins[parameter]
-        stand_in.weight_loader(stand_in, wire, *arguments)  # type: ignore[attr-defined]
-
-    key = (parameter, arguments, shape, tensor.data_ptr(), tensor.stride())
-    try:
-        if key not in traces:
-            effects = trace(hook, shape, tensor.dtype, {parameter: tensor})
-            traces[key] = effects.get(parameter, Effect())
-    except Untraceable as reason:
-        traces[key] = f"weight_loader of {parameter} can't be traced: {reason}"
-    return traces[key]
-
-
 class Target:
-    """One server rank's destinations for the tensors of a manifest."""
+    """One server rank's destinations for the tensors of a manifest.
+
+    specs: by wire name, what this rank takes, in its own dtypes. parts: those that are copied as they are.
+    hooks: those of which loading code is called with the whole tensor. exempt: this rank's names that an
+    update does not feed in full, each with the reason why that is no error.
+    """
 
     def __init__(
         self,
@@ -88,50 +43,61 @@ class Target:
         *,
         name_map: NameMap | None,
         local: Sequence[str],
+        derived: Sequence[str] = (),
+        loaders: Mapping[str, nn.Module] | None = None,
+        trust_traces: bool = False,
         traces: Traces,
     ) -> None:
         """base: the server's layout, of which ``modules`` take part (None: all). manifest: the
-        trainer's specs, by wire name. local: patterns of names that no update feeds, or feeds in part.
-        traces: of hooks, looked up and added to.
+        trainer's specs, by wire name. local, derived: patterns of names that no update feeds, or feeds
+        in part. loaders: modules with ``load_weights``, by the prefix of their names. trust_traces: write
+        what traced ``weight_loader`` hooks would, without calling them. traces: looked up and added to.
 
         Raises SpecError, naming the tensor: wrong shape, a dtype that can't be cast to, a destination
         that is fed twice, in part or not at all.
         """
-        self.base, self.manifest, self._traces = base, manifest, traces
-        self.layout = layout = base.select(modules)
+        self.base, self.manifest, self._traces, self._trust_traces = base, manifest, traces, trust_traces
+        self.layout = base.select(modules)
         self.specs: dict[str, Spec] = {}
         self.parts: dict[str, tuple[Part, ...]] = {}
-        self.hooks: dict[str, Hook] = {}
+        self.exempt: dict[str, str] = {}
+        self._hooks: dict[str, Hook] = {}
+        self._fills: list[tuple[str, Fill]] = []  # of load_weights, which writes them once for all tensors
+        self._untraced: dict[str, str] = {}  # prefixes of modules with load_weights, and why
+        self._covered: set[str] = set()  # names that hooks write in full
+        self._declared = {"local": tuple(local), "derived": tuple(derived)}
         fed: dict[str, str] = {}
+        given: dict[str, dict[str, tuple[str, Spec]]] = {}
         for wire, spec in manifest.items():
             mapped = _apply(name_map, wire)
             if mapped is None:
                 continue
             name, arguments = (mapped, ()) if isinstance(mapped, str) else (mapped[0], tuple(mapped[1:]))
-            name = layout.aliases.get(name, name)
-            if name not in layout.specs:
-                if name_map is not None and (isinstance(mapped, tuple) or mapped != wire):
-                    raise SpecError(f"{wire}: name_map gives {name!r}, which this rank's model does not have")
+            prefix = next((p for p in loaders or () if name.startswith(p)), None)
+            if isinstance(mapped, str) and prefix is not None:
+                given.setdefault(prefix, {})[wire] = name.removeprefix(prefix), spec
                 continue
             self._feed(wire, spec, name, arguments, fed)
-        self._settle(local)
-        for name in layout.specs:
-            if name not in fed and not _matches(name, local):
-                raise SpecError(
-                    f"{name}: missing name: expected a tensor of the trainer for this destination, got none "
-                    f"(declare it with local=[...] if no update feeds it)"
-                )
+        for prefix, wires in given.items():
+            self._load(prefix, (loaders or {})[prefix], wires, fed)
+        self._settle()
+        self._cover(fed)
+        self.hooks = {wire: hook for wire, hook in self._hooks.items() if hook.opaque or not hook.direct}
 
     def _feed(self, wire: str, spec: Spec, name: str, arguments: tuple[Any, ...], fed: dict[str, str]) -> None:
+        name = self.layout.aliases.get(name, name)
+        if name not in self.layout.specs:
+            if name != wire or arguments:
+                raise SpecError(f"{wire}: name_map gives {name!r}, which this rank's model does not have")
+            return
         own = self.layout.specs[name]
         tensor = self.layout.tensors[name]
         if not castable(spec.dtype, own.dtype):
             raise SpecError(f"{wire}: expected a dtype that casts to {own.dtype} of {name}, got {spec.dtype}")
         self.specs[wire] = Spec(name=wire, dtype=own.dtype, shape=spec.shape)
         if getattr(tensor, "weight_loader", None) is not None:
-            effect = _traced(tensor, name, arguments, spec.shape, self._traces)
-            self.hooks[wire] = Hook(
-                wire=wire, parameter=name, tensor=tensor, arguments=arguments, effect=effect
+            self._hooks[wire] = weight_loader_hook(
+                self.specs[wire], name, tensor, arguments, traces=self._traces, direct=self._trust_traces
             )
         elif arguments:
             raise SpecError(f"{wire}: name_map gives arguments {arguments}, but {name} has no weight_loader")
@@ -143,52 +109,141 @@ class Target:
             self.parts[wire] = self.layout.parts[name]
         fed[name] = wire
 
-    def _settle(self, local: Sequence[str]) -> None:
+    def _load(
+        self, prefix: str, module: nn.Module, given: Mapping[str, tuple[str, Spec]], fed: dict[str, str]
+    ) -> None:
+        """The tensors that a module's ``load_weights`` takes."""
+        label = f"load_weights of {prefix.rstrip('.') or type(module).__name__}"
+        own = {name: tensor for name, tensor in self.layout.tensors.items() if name.startswith(prefix)}
+        try:
+            hooks, loading = load_weights_hooks(label, module, given, own, traces=self._traces)
+        except NotALoader:
+            for wire, (name, spec) in given.items():
+                self._feed(wire, spec, f"{prefix}{name}", (), fed)
+            return
+        for wire, hook in hooks.items():
+            self.specs[wire] = Spec(name=wire, dtype=loading.dtypes[wire], shape=given[wire][1].shape)
+            for name in hook.known:
+                if name in fed and fed[name] not in hooks:
+                    raise SpecError(f"{wire}: writes {name}, which {fed[name]} writes already")
+                fed[name] = wire
+        self._hooks |= hooks
+        self._fills += [(name, fill) for name, effect in loading.effects.items() for fill in effect.fills]
+        if loading.opaque:
+            self._untraced[prefix] = next(iter(loading.opaque.values()))
+
+    def _settle(self) -> None:
         """Compare what the hooks of one parameter do, which is known once all are."""
-        by_parameter: dict[str, list[Hook]] = {}
-        for hook in self.hooks.values():
-            by_parameter.setdefault(hook.parameter, []).append(hook)
-        for name, hooks in by_parameter.items():
-            effects = [hook.effect for hook in hooks if isinstance(hook.effect, Effect)]
-            if len(effects) < len(hooks):
-                continue
+        for name, hooks in self._by_parameter().items():
             for one, other in combinations(hooks, 2):
-                if _meet(one.effect, other.effect):
-                    one.effect = other.effect = f"weight_loaders of {name} overwrite each other's elements"
-            if any(isinstance(hook.effect, str) for hook in hooks):
+                if _meet(one.known.get(name), other.known.get(name)):
+                    one.effects = other.effects = f"weight_loaders of {name} overwrite each other's elements"
+
+    def _by_parameter(self) -> dict[str, list[Hook]]:
+        """Hooks by the parameters that they write, as far as is known."""
+        found: dict[str, list[Hook]] = {}
+        for hook in self._hooks.values():
+            for name in hook.parameters if hook.opaque and len(hook.parameters) == 1 else hook.known:
+                found.setdefault(name, []).append(hook)
+        return found
+
+    def _cover(self, fed: Mapping[str, str]) -> None:
+        """Raise SpecError unless each element of this rank's is fed, or its name is declared."""
+        hooks = self._by_parameter()
+        missing = []
+        for name, spec in self.layout.specs.items():
+            writers, whole = hooks.get(name, []), Box.whole(spec.shape)
+            if any(hook.opaque for hook in writers) or (name in fed and not writers) or not whole.volume:
                 continue
-            written = sum(box.volume for effect in effects for box in effect.targets)
-            shape = self.layout.specs[name].shape
-            if written < Box.whole(shape).volume and not _matches(name, local):
+            boxes = [fill.target for other, fill in self._fills if other == name]
+            boxes += [box for hook in writers for box in hook.known[name].targets]
+            written = sum(box.volume for box in boxes)
+            if written == whole.volume:
+                self._covered.add(name)
+                continue
+            untraced = next((why for p, why in self._untraced.items() if name.startswith(p)), None)
+            if (word := self._declaration(name)) is not None:
+                self.exempt[name] = word
+            elif untraced is not None:
+                self.exempt[name] = untraced
+            elif boxes:
+                code = writers[0].code if writers else "load_weights"
                 raise SpecError(
-                    f"{name}: expected weight_loader to write all {Box.whole(shape).volume} elements of shape "
-                    f"{list(shape)}, got {written} from {', '.join(hook.wire for hook in hooks)} "
+                    f"{name}: expected {code} to write all {whole.volume} elements of shape "
+                    f"{list(spec.shape)}, got {written} from {', '.join(hook.wire for hook in writers)}; "
+                    f"{_gap(whole, boxes)} is left out "
                     f"(declare it with local=[...] if the others need no update)"
                 )
+            else:
+                missing.append(name)
+        if missing:
+            others = f"; the same for {', '.join(missing[1:])}" if len(missing) > 1 else ""
+            raise SpecError(
+                f"{missing[0]}: missing name: expected a tensor of the trainer for this destination, got none "
+                f"(declare it with local=[...] if no update feeds it, with derived=[...] if the engine "
+                f"computes it){others}"
+            )
+
+    def _declaration(self, name: str) -> str | None:
+        return next((word for word, patterns in self._declared.items() if _matches(name, patterns)), None)
 
     def arrived(self) -> dict[str, str]:
         """Tensors of which only the arrival can be digested, each with the reason."""
-        return {wire: hook.effect for wire, hook in self.hooks.items() if isinstance(hook.effect, str)}
+        return {wire: hook.opaque for wire, hook in self._hooks.items() if hook.opaque}
+
+    def hidden(self) -> list[Part]:
+        """This rank's own parameters of which no wire tensor's digest tells all, under their own names."""
+        names = {name for hook in self._hooks.values() if hook.opaque for name in hook.parameters}
+        return [
+            part
+            for name in sorted(names - self._covered, key=str.encode)
+            if self._declaration(name) is None
+            for part in self.layout.parts[name]
+        ]
 
     def live(self, wire: str) -> list[tuple[Box, Tensor]]:
         """The boxes of a wire tensor that live here, each with its view; none behind an opaque hook."""
-        if wire not in self.hooks:
-            return [(part.box, part.tensor) for part in self.parts[wire]]
-        hook = self.hooks[wire]
-        if isinstance(hook.effect, str):
-            return []
-        parameter = plain_view(hook.tensor)
-        return [(piece.box, piece.view.of(parameter)) for piece in hook.effect.pieces]
+        if wire not in self._hooks:
+            return [(part.box, part.tensor) for part in self.parts.get(wire, ())]
+        return [
+            (piece.box, piece.view.of(plain_view(self.layout.tensors[name])))
+            for name, effect in self._hooks[wire].known.items()
+            for piece in effect.pieces
+        ]
 
-    def spoiled_fills(self) -> list[tuple[str, str]]:
-        """Parameters whose constant elements, as a hook fills them, hold something else; each with a reason."""
+    def fills(self, *, direct_only: bool = False) -> list[tuple[str, str, Tensor, Fill]]:
+        """Regions that loading code sets to constants, each after its parameter's and the code's name."""
+        found = [
+            (name, hook.code, fill)
+            for hook in self._hooks.values()
+            if hook.direct or not direct_only
+            for name, effect in hook.known.items()
+            for fill in effect.fills
+        ]
+        found += [(name, "load_weights", fill) for name, fill in self._fills]
+        return [
+            (name, code, parameter[fill.target.within(Box.whole(parameter.shape))], fill)
+            for name, code, fill in found
+            for parameter in [plain_view(self.layout.tensors[name])]
+        ]
+
+    def fill(self) -> None:
+        """Write the constants that no called hook writes."""
+        for _, _, region, fill in self.fills(direct_only=True):
+            region.fill_(fill.value)
+
+    def spoiled_fills(self) -> list[tuple[str, Box, str]]:
+        """Parameters whose constant elements hold something else: name, the box that does, and a reason."""
         found = []
-        for hook in self.hooks.values():
-            for fill in hook.effect.fills if isinstance(hook.effect, Effect) else ():
-                region = plain_view(hook.tensor)[fill.target.within(Box.whole(hook.tensor.shape))]
-                if bool((region != fill.value).any()):
-                    reason = f"expected {fill.value:g} in {fill.target}, where its weight_loader fills it"
-                    found.append((hook.parameter, reason))
+        for name, code, region, fill in self.fills():
+            wrong = region != region.new_full((), fill.value)
+            if bool(wrong.any()):
+                spots = wrong.nonzero()
+                low, high = spots.amin(0).tolist(), spots.amax(0).tolist()
+                offsets = [base + first for base, first in zip(fill.target.offsets, low, strict=True)]
+                sizes = [last - first + 1 for first, last in zip(low, high, strict=True)]
+                reason = f"expected {fill.value:g} in {fill.target}, where its {code} fills it"
+                found.append((name, Box(tuple(offsets), tuple(sizes)), reason))
         return found
 
     def facts(self) -> Facts:
@@ -198,30 +253,40 @@ class Target:
             wire: Holding(
                 spec=spec,
                 boxes=(Box.whole(spec.shape),) if wire in opaque else tuple(box for box, _ in self.live(wire)),
-                in_place=all(part.tensor.is_contiguous() for part in self.parts.get(wire, ()))
-                and wire not in self.hooks,
+                in_place=all(view.is_contiguous() for _, view in self.live(wire)) and wire not in self.hooks,
                 why_arrived=opaque.get(wire, ""),
             )
             for wire, spec in self.specs.items()
         }
 
     def writes(self, wire: str, box: Box) -> list[tuple[Tensor, Box]]:
-        """Where the elements of ``box`` live: views of the parameter, each with the box that it takes."""
-        found = []
-        for part in self.parts.get(wire, ()):
-            if (inner := part.box.intersect(box)) is not None:
-                found.append((part.tensor[inner.within(part.box)], inner))
-        return found
+        """Where the elements of ``box`` live: views of the parameter, each with the box that it takes.
+
+        None for a tensor that a hook takes whole.
+        """
+        if wire in self.hooks:
+            return []
+        return [
+            (view[inner.within(own)], inner)
+            for own, view in self.live(wire)
+            if (inner := own.intersect(box)) is not None
+        ]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _meet(one: Effect | str, other: Effect | str) -> bool:
-    if isinstance(one, str) or isinstance(other, str):
-        return False
-    return any(a.intersect(b) for a in one.targets for b in other.targets)
+def _meet(one: Effect | None, other: Effect | None) -> bool:
+    return bool(one and other and overlap(one.targets, other.targets))
+
+
+def _gap(whole: Box, boxes: Sequence[Box]) -> Box:
+    """A box of ``whole`` that none of ``boxes`` touches."""
+    left = [whole]
+    for box in boxes:
+        left = [rest for one in left for rest in less(one, box)]
+    return left[0]
 
 
 def _apply(name_map: NameMap | None, wire: str) -> Mapped:

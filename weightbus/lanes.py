@@ -69,7 +69,7 @@ class Lanes:
                 lane.after(after)
 
     def end(self) -> None:
-        """The current stream waits for all lanes, so that nothing overtakes them after a failure either."""
+        """The current stream waits for all lanes: after a failure, when the host has not waited for them."""
         if self.overlap:
             current = torch.cuda.current_stream(self.device)
             for lane in self._all:

@@ -57,6 +57,7 @@ class Ledger:
         self._names = NameKeys([entry.part.spec.name for entry in self._entries])
         self._keys: tuple[bytes, Sums] = b"", self.sums
         self._nbytes = [entry.part.tensor.nbytes for entry in self._entries]
+        self._rows: dict[str, list[tuple[int, Entry]]] = {}
         self._selections: dict[tuple[int, tuple[str, ...] | None, bool], tuple[list[int], list[str], int]] = {}
 
     def launch(self, stage: Stage, seed: bytes) -> bool:
@@ -132,13 +133,29 @@ class Ledger:
             totals[name] = ((a + x) % P, (b + y) % P)
         return totals
 
+    def rows(self, name: str) -> list[tuple[int, Entry]]:
+        """Rows of ``sums`` that are of one tensor, with their entries."""
+        if not self._rows:
+            for row, entry in enumerate(self._entries):
+                self._rows.setdefault(entry.part.spec.name, []).append((row, entry))
+        return self._rows.get(name, [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Former:
+    """The version committed before another one by the same plan. sums: as in Record."""
+
+    version: int
+    seed: bytes
+    sums: Sums
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What one committed update left on this rank for some modules: how to check it again.
 
     sums: of what a trainer rank sent then; of what a server rank held at its last digest.
-    group, target: the server rank's own.
+    group, target: the server rank's own. wants: the facts of all groups.
     """
 
     version: int
@@ -148,6 +165,8 @@ class Record:
     sums: Sums
     group: int
     target: Target | None
+    wants: Mapping[int, Facts]
+    former: Former | None = None
 
 
 def sent_entries(

@@ -65,7 +65,7 @@ class Loopback:
         match message:
             case m.Enter():
                 self._coordinator.enter(message, now)
-            case m.Facts() | m.Ready() | m.Refuse() | m.Done() | m.Sums():
+            case m.Facts() | m.Ready() | m.Refuse() | m.Done() | m.Sums() | m.Clues() | m.Probed():
                 self._coordinator.answer(message, now)
             case _:
                 raise ProtocolError(f"{type(message).__name__}: not for a process by itself")

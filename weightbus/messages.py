@@ -29,11 +29,28 @@ Reason = Annotated[str, Meta(max_length=64 << 10)]
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Blob = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
+Pair = tuple[Residue, Residue]
+Axes = Annotated[list[Count], Meta(max_length=64)]
 Kind = Literal["update", "check", "label"]
 FactsOf = Literal["sources", "wants"]
 Word = Literal["verified", "arrived", "unverified", "mismatch", "failed"]
 Role = Literal["trainer", "server"]
 State = Literal["", "empty", "ready", "updating", "torn"]
+
+# What a wrong tensor turned out to be (docs/checks.md); empty where nothing is known of it.
+Damage = Literal[
+    "", "zeros", "stale", "swapped", "other shard", "element", "block", "scattered", "fill", "replicas differ"
+]
+
+# How many wrong tensors are looked into in one update or check, how many of them are narrowed down, and
+# how many boxes of each are compared at a time.
+MAX_SUSPECTS = 256
+MAX_NARROWED = 16
+MAX_BOXES = 256
+
+# With the boxes of how many other groups a server rank compares its bytes.
+MAX_GROUPS = 16
+Elsewhere = Annotated[dict[Count, Pair], Meta(max_length=MAX_GROUPS)]
 
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -263,16 +280,39 @@ class Fold(Record):
 
     job: Count
     group: Count
-    sums: tuple[Residue, Residue]
+    sums: Pair
     nbytes: Count
+
+
+class Span(Record):
+    """A box on the wire."""
+
+    offsets: Axes
+    sizes: Axes
+
+
+class Wrong(Record):
+    """A parameter that a server rank itself finds wrong: where loading code fills it with a constant."""
+
+    name: Name
+    reason: Reason
+    box: Span
+
+
+class TensorSums(Record):
+    job: Count
+    group: Count
+    sums: dict[Name, Pair]
 
 
 class Done(Message, tag="done"):
     """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``.
 
-    arrived: tensors of which only the arrival was digested, and why. wrong: parameters that the rank
-    itself finds wrong, and how. nbytes: of the plan. starts, stages: seconds from the offer to the start of
-    each stage on this rank, and of work in it.
+    arrived: tensors of which only the arrival was digested, and why. wrong: what the rank itself finds
+    wrong. nbytes: of the plan. starts, stages: seconds from the offer to the start of each stage on this
+    rank, and of work in it. Of a check also: hidden, sums of this rank's parameters of which no wire tensor's
+    digest tells all, to be compared between replicas; exempt, names that are declared not to be fed in full,
+    and as what.
     """
 
     peer: Token
@@ -281,7 +321,9 @@ class Done(Message, tag="done"):
     sent: list[Fold] = []
     live: list[Fold] = []
     arrived: dict[Name, Reason] = {}
-    wrong: list[tuple[Name, Reason]] = []
+    wrong: list[Wrong] = []
+    hidden: list[TensorSums] = []
+    exempt: dict[Name, Reason] = {}
     error: Reason = ""
     starts: dict[Name, Seconds] = {}
     stages: dict[Name, Seconds] = {}
@@ -294,12 +336,6 @@ class Detail(Message, tag="detail"):
     groups: list[tuple[Count, Count]]
 
 
-class TensorSums(Record):
-    job: Count
-    group: Count
-    sums: dict[Name, tuple[Residue, Residue]]
-
-
 class Sums(Message, tag="sums"):
     peer: Token
     update: Count
@@ -307,15 +343,108 @@ class Sums(Message, tag="sums"):
     live: list[TensorSums] = []
 
 
+class Suspect(Record):
+    """A tensor that is wrong on some server rank of a group."""
+
+    job: Count
+    group: Count
+    tensor: Name
+
+
+class Suspects(Message, tag="suspects"):
+    """Say what you know of these tensors: a Clue for each, in order."""
+
+    update: Count
+    suspects: Annotated[list[Suspect], Meta(max_length=MAX_SUSPECTS)]
+
+
+class SentClue(Record):
+    """What a trainer rank knows of a suspect; the sums of all trainer ranks add up.
+
+    former: the version committed before this one, and the sums kept of it. elsewhere: sums of the boxes that
+    other groups want. now: of what the source holds now; None if that is something else, why: the reason.
+    """
+
+    former: Count | None
+    former_sums: Pair
+    elsewhere: Elsewhere
+    now: Pair | None
+    why: Reason
+
+
+class LiveClue(Record):
+    """What a server rank knows of a suspect.
+
+    former: the version committed before this one, and sums of what is live now under that one's seed.
+    elsewhere: by group, what the live bytes come to if taken for that group's boxes.
+    pieces: how many boxes of the tensor, whose shape it is, lie here; none where they can't be digested.
+    box: around all of them.
+    """
+
+    former: Count | None
+    former_sums: Pair
+    elsewhere: Elsewhere
+    pieces: Count
+    box: Span | None
+    shape: Axes
+
+
+class Clue(Record):
+    sent: SentClue | None = None
+    live: LiveClue | None = None
+
+
+class Clues(Message, tag="clues"):
+    peer: Token
+    update: Count
+    clues: Annotated[list[Clue], Meta(max_length=MAX_SUSPECTS)]
+
+
+class Question(Record):
+    """Boxes of one tensor, of which sums are asked for: of what lies within the group's boxes.
+
+    sent: of what trainer ranks hold now, else of what is live on a server rank.
+    """
+
+    job: Count
+    group: Count
+    tensor: Name
+    sent: bool
+    boxes: Annotated[list[Span], Meta(max_length=MAX_BOXES)]
+
+
+class Probe(Message, tag="probe"):
+    update: Count
+    questions: Annotated[list[Question], Meta(max_length=2 * MAX_NARROWED)]
+
+
+class Probed(Message, tag="probed"):
+    """Sums for each box of each question, in order."""
+
+    peer: Token
+    update: Count
+    sums: list[Annotated[list[Pair], Meta(max_length=MAX_BOXES)]] = []
+    error: Reason = ""
+
+
 class Failure(Record):
-    """One thing that went wrong: on which rank, with which tensor if it is one tensor's."""
+    """One thing that went wrong: on which rank, with which tensor if it is one tensor's.
+
+    kind: what it turned out to be. where: as text, and as the box of the global tensor that holds all
+    that differs.
+    """
 
     rank: Name
     tensor: Name | None
     reason: Reason
+    kind: Damage = ""
+    where: Reason = ""
+    box: Span | None = None
 
     def __str__(self) -> str:
-        return f"{self.tensor}: {self.reason}; {self.rank}" if self.tensor else f"{self.rank}: {self.reason}"
+        where = ": ".join(filter(None, (self.kind, self.where)))
+        text = "; ".join(filter(None, (self.reason, where)))
+        return f"{self.tensor}: {text}; {self.rank}" if self.tensor else f"{self.rank}: {text}"
 
 
 class Task(Record):
@@ -332,6 +461,7 @@ class Outcome(Message, tag="outcome"):
     """The end for every member, decided once. ``moved``: bytes may have been written.
 
     tasks: what trainer ranks run next, before their update returns.
+    digest_s: the longest that a server rank took to digest, after its transfers or in a check.
     """
 
     update: Count
@@ -340,8 +470,10 @@ class Outcome(Message, tag="outcome"):
     verdict: Word
     failures: list[Failure] = []
     arrived: dict[Name, Reason] = {}
+    exempt: dict[Name, Reason] = {}
     epoch: Count = 0
     seconds: Seconds = 0.0
+    digest_s: Seconds = 0.0
     trainers: Count = 0
     replicas: list[Rank] = []
     servers: Count = 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from weightbus.bucket import Staging, torch_dtype
 from weightbus.driver import EngineCopies
 from weightbus.exports import Place
 from weightbus.facts import Facts
-from weightbus.install import Hook, Target
+from weightbus.hook import Hook
+from weightbus.install import Target
 from weightbus.ipc import Import, SharedImport, view_of
 from weightbus.kernel_copies import KernelCopies
 from weightbus.lanes import Lanes, Mark, wait_for
@@ -52,7 +52,8 @@ class Wave:
     host: Copies = field(default_factory=Copies)
     near: list[Run] = field(default_factory=list)
     far: list[Run] = field(default_factory=list)
-    queued: list[EngineCopies | KernelCopies] = field(default_factory=list)
+    by_engine: EngineCopies | None = None
+    by_kernel: KernelCopies | None = None
     wire: str = ""
 
     def seal(self, device: torch.device) -> None:
@@ -62,21 +63,27 @@ class Wave:
         by_engine = [run for run in self.far if run.nbytes > SMALL_BYTES]
         if by_kernel:
             try:
-                self.queued.append(KernelCopies(by_kernel, device))
+                self.by_kernel = KernelCopies(by_kernel, device)
             except ImportError as error:
                 say_once(f"peer copies within a GPU by the driver alone, exact but slower: {error}")
                 by_engine = by_kernel + by_engine
         if by_engine:
-            self.queued.append(EngineCopies(by_engine))
+            self.by_engine = EngineCopies(by_engine)
         self.near, self.far = [], []
 
-    def start(self, stream: Any) -> None:
-        """On the current stream, which is ``stream``; None on the CPU."""
-        self.host.run()
-        if self.host.to_host:
-            stream.synchronize()
-        for copies in self.queued:
-            copies.start(stream)
+    def start(self, lanes: Lanes) -> Mark:
+        """Reached once all is copied. Engines and kernel work side by side."""
+        with lanes.send:
+            self.host.run()
+            if self.host.to_host:
+                lanes.send.stream.synchronize()
+            if self.by_engine is not None:
+                self.by_engine.start(lanes.send.stream)
+        if self.by_kernel is not None:
+            with lanes.pack:
+                self.by_kernel.start(lanes.pack.stream)
+            lanes.send.after(lanes.pack.mark())
+        return lanes.send.mark()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,10 +247,9 @@ class Peer:
                 check()
                 if len(hooked) >= HOOK_SLOTS:
                     lanes.send.after(hooked[-HOOK_SLOTS])
+                    lanes.pack.after(hooked[-HOOK_SLOTS])
                 self.wrote = True
-                with lanes.send:
-                    wave.start(lanes.send.stream)
-                ended.append(lanes.send.mark())
+                ended.append(wave.start(lanes))
                 if wave.wire:
                     lanes.install.after(ended[index])
                     with lanes.install:
@@ -264,8 +270,9 @@ class Peer:
                 for wave, mark in zip(self.compiled.waves, ended, strict=True):
                     wait_for(mark, check, pause_s=pause_s)
                     progress(wave.nbytes)
-        finally:
+        except BaseException:
             lanes.end()
+            raise
 
     def _install(self, name: str, seed: bytes | None) -> None:
         if seed:

@@ -31,7 +31,7 @@ BUCKETS_PER_WAVE = 16
 # The first waves are shorter, as the link stands still until the first one is packed and launched; and so are
 # the last ones, as what they bring has still to be installed and digested: each is half of what is left.
 FIRST_WAVES = (1 / 16, 1 / 4)
-LEAST_WAVE = 1 / 16
+LEAST_WAVE = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)

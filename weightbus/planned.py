@@ -67,7 +67,10 @@ class Survey:
 
 @dataclass(slots=True, kw_only=True)
 class Planned:
-    """A plan, compiled for this rank, with what it digests. group: this server rank's. nbytes: the plan's."""
+    """A plan, compiled for this rank, with what it digests.
+
+    group: this server rank's. wants: of all groups. nbytes: the plan's.
+    """
 
     choice: Choice
     sharing: Sharing
@@ -77,6 +80,7 @@ class Planned:
     sent: Ledger
     live: Ledger
     group: int
+    wants: Mapping[int, Facts]
     nbytes: int
 
 
@@ -134,6 +138,7 @@ def make_planned(
             sent=Ledger(sent),
             live=Ledger(live),
             group=survey.group,
+            wants=survey.groups,
             nbytes=plan.nbytes,
         )
     except BaseException:

@@ -10,10 +10,13 @@ when all have, the step on the right starts the next phase.
     WANTS     server ranks       Facts       relay all wants to every member
     READY     members            Ready       go, if all computed the same plan
     RUN       members            Done        judge: compare folded sums
-    DETAIL    members            Sums        name the tensors whose sums differ
+    DETAIL    members            Sums        name the tensors whose sums differ, and look into them
+    CLUES     members            Clues       see what they are; ask for sums of boxes
+    NARROW    those asked        Probed      ask for sums of smaller boxes, or end
 
-A refusal, a death or a deadline ends the round in any phase. Before RUN no byte has moved. A check and a
-label, which says as what version the live weights count, go from ENTER straight to RUN.
+A refusal, a death or a deadline ends the round in any phase. Before RUN no byte has moved; after DETAIL the
+verdict stands, and such an end only leaves it less telling. A check and a label, which says as what version
+the live weights count, go from ENTER straight to RUN.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import msgspec
 
 from weightbus import messages as m
 from weightbus.asks import Past
+from weightbus.judge import Inquiry, compare_folds
 from weightbus.rebuild import Rebuilt, past_of
 from weightbus.requests import Requests
 from weightbus.roster import Peer, Roster
@@ -37,10 +41,11 @@ from weightbus.spec import fingerprint
 # Once one member has failed, the others may still say within this time what they know of it.
 GRACE_S = 1.0
 
+# Looking into wrong tensors ends after this time, with what has been found out.
+INQUIRY_S = 20.0
+
 # How many rounds that have ended are remembered.
 PAST_ROUNDS = 16
-
-SUM_PRIME = (1 << 61) - 1
 
 
 class Phase(Enum):
@@ -50,7 +55,13 @@ class Phase(Enum):
     READY = auto()
     RUN = auto()
     DETAIL = auto()
+    CLUES = auto()
+    NARROW = auto()
 
+
+# Bytes may have been written; the verdict is known.
+MOVED = (Phase.RUN, Phase.DETAIL, Phase.CLUES, Phase.NARROW)
+NAMED = (Phase.CLUES, Phase.NARROW)
 
 ANSWERS: dict[Phase, tuple[type[m.Message], ...]] = {
     Phase.ENTER: (m.Enter,),
@@ -59,6 +70,8 @@ ANSWERS: dict[Phase, tuple[type[m.Message], ...]] = {
     Phase.READY: (m.Ready, m.Refuse),
     Phase.RUN: (m.Done,),
     Phase.DETAIL: (m.Sums,),
+    Phase.CLUES: (m.Clues,),
+    Phase.NARROW: (m.Probed,),
 }
 
 
@@ -77,6 +90,7 @@ class Round:
     offer: m.Offer | None = None
     members: dict[str, m.Member] = field(default_factory=dict)
     dones: dict[str, m.Done] = field(default_factory=dict)
+    inquiry: Inquiry | None = None
     seed: bytes | None = None
     # When each phase began, and when each member answered it, for the timeline.
     phases: dict[str, float] = field(default_factory=dict)
@@ -111,6 +125,8 @@ class Coordinator:
             Phase.READY: self._go,
             Phase.RUN: self._judge,
             Phase.DETAIL: self._name_tensors,
+            Phase.CLUES: self._hear,
+            Phase.NARROW: self._narrow,
         }
 
     # -- what comes in -----------------------------------------------------------------------------
@@ -143,7 +159,9 @@ class Coordinator:
         round.answers[message.peer] = message
         self.advance(now)
 
-    def answer(self, message: m.Facts | m.Ready | m.Refuse | m.Done | m.Sums, now: float) -> bool:
+    def answer(
+        self, message: m.Facts | m.Ready | m.Refuse | m.Done | m.Sums | m.Clues | m.Probed, now: float
+    ) -> bool:
         """A member's answer; False if it is of no use any more (late, repeated, out of turn)."""
         round = self.round
         if round is None or message.update != round.update or message.peer not in round.expected:
@@ -153,7 +171,7 @@ class Coordinator:
         round.answers[message.peer] = message
         round.answered[message.peer, round.phase] = now
         reason = message.reason if isinstance(message, m.Refuse) else getattr(message, "error", "")
-        if reason:
+        if reason and not isinstance(message, m.Probed):
             self._note(round, str(round.members[message.peer]), reason, now)
         self.advance(now)
         return True
@@ -186,7 +204,7 @@ class Coordinator:
             else:
                 self._steps[round.phase](round, now)
         elif now >= round.deadline:
-            if not round.failures:
+            if not round.failures and round.phase not in NAMED:
                 waited = now - round.started
                 for line in missing:
                     rank, _, reason = line.partition(": ")
@@ -307,90 +325,90 @@ class Coordinator:
         if not round.enter.verify:
             self._end(round, "unverified", now)
             return
-        sent: dict[tuple[int, int], tuple[int, int, int]] = {}
-        for done in dones.values():
-            for fold in done.sent:
-                total = sent.get((fold.job, fold.group), (0, 0, 0))
-                lanes = [(a + b) % SUM_PRIME for a, b in zip(total, fold.sums, strict=False)]
-                sent[fold.job, fold.group] = (lanes[0], lanes[1], total[2] + fold.nbytes)
-        wrong: set[tuple[int, int]] = set()
-        for peer, member in round.members.items():
-            if member.server is None:
-                continue
-            jobs = {fold.job for fold in dones[peer].live}
-            if jobs != set(range(max(1, len(round.enter.jobs)))):
-                self._note(round, str(member), f"digested jobs {sorted(jobs)} only", now)
-            for fold in dones[peer].live:
-                expected = sent.get((fold.job, fold.group))
-                if expected is None or expected[2] != fold.nbytes:
-                    text = f"expected {expected[2] if expected else 'no'} bytes digested, got {fold.nbytes}"
-                    self._note(round, str(member), text, now)
-                elif expected[:2] != fold.sums:
-                    wrong.add((fold.job, fold.group))
-        if round.failures:
+        wrong, complaints = compare_folds(round.members, dones, max(1, len(round.enter.jobs)))
+        for member, text in complaints:
+            self._note(round, str(member), text, now)
+        if complaints:
             self._fail(round, now)
             return
+        round.inquiry = Inquiry(round.members, dones)
         if wrong:
-            self._send(round.members, m.Detail(update=round.update, groups=sorted(wrong)))
+            self._send(round.members, m.Detail(update=round.update, groups=wrong))
             self._next(round, Phase.DETAIL, round.members, now + round.enter.transfer_s)
-        elif any(done.wrong for done in dones.values()):
-            self._mismatch(round, [], now)
+        elif round.inquiry.failures():
+            self._mismatch(round, now)
         else:
             arrived = any(done.arrived for done in dones.values())
             self._end(round, "arrived" if arrived else "verified", now)
 
     def _name_tensors(self, round: Round, now: float) -> None:
-        expected: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
-        answers = {p: a for p, a in round.answers.items() if isinstance(a, m.Sums)}
-        for answer in answers.values():
-            for sums in answer.sent:
-                total = expected.setdefault((sums.job, sums.group), {})
-                for name, (a, b) in sums.sums.items():
-                    old = total.get(name, (0, 0))
-                    total[name] = ((old[0] + a) % SUM_PRIME, (old[1] + b) % SUM_PRIME)
-        found = []
-        for peer, answer in answers.items():
-            for sums in answer.live:
-                wanted = expected.get((sums.job, sums.group), {})
-                for name in sorted(wanted.keys() | sums.sums.keys()):
-                    one, other = wanted.get(name), sums.sums.get(name)
-                    if one != other:
-                        reason = f"expected digest {_text(one)}, got {_text(other)}"
-                        found.append(m.Failure(rank=str(round.members[peer]), tensor=name, reason=reason))
-        if not found:
+        assert round.inquiry
+        round.inquiry.named({p: a for p, a in round.answers.items() if isinstance(a, m.Sums)})
+        suspects = round.inquiry.suspects()
+        if not suspects:
+            self._mismatch(round, now)
+            return
+        self._send(round.members, m.Suspects(update=round.update, suspects=suspects))
+        self._next(round, Phase.CLUES, round.members, now + min(INQUIRY_S, round.enter.transfer_s))
+
+    def _hear(self, round: Round, now: float) -> None:
+        assert round.inquiry
+        round.inquiry.hear({p: a for p, a in round.answers.items() if isinstance(a, m.Clues)})
+        self._ask(round, now)
+
+    def _narrow(self, round: Round, now: float) -> None:
+        assert round.inquiry
+        round.inquiry.compare({p: a for p, a in round.answers.items() if isinstance(a, m.Probed)})
+        self._ask(round, now)
+
+    def _ask(self, round: Round, now: float) -> None:
+        """The next round of boxes; all of them together end at the deadline of the first."""
+        assert round.inquiry
+        asked = round.inquiry.questions()
+        if not asked:
+            self._mismatch(round, now)
+            return
+        for peer, questions in asked.items():
+            self._send([peer], m.Probe(update=round.update, questions=questions))
+        self._next(round, Phase.NARROW, asked, round.deadline)
+
+    def _mismatch(self, round: Round, now: float) -> None:
+        """The end of a round in which tensors are wrong; each of them is named."""
+        assert round.inquiry
+        if not (found := round.inquiry.failures()):
             reason = "folded sums differed, sums of the single tensors do not: weights changed meanwhile"
             found = [m.Failure(rank="unknown rank", tensor=None, reason=reason)]
-        self._mismatch(round, found, now)
-
-    def _mismatch(self, round: Round, found: list[m.Failure], now: float) -> None:
-        """The end of a round in which these tensors are wrong, and those that ranks found wrong themselves."""
-        round.failures += found
-        for peer, done in round.dones.items():
-            for name, reason in done.wrong:
-                round.failures.append(m.Failure(rank=str(round.members[peer]), tensor=name, reason=reason))
+        round.failures = found + round.failures
         self._end(round, "mismatch", now)
 
     # -- ends --------------------------------------------------------------------------------------
 
     def _fail(self, round: Round, now: float) -> None:
-        self._broken |= round.phase in (Phase.RUN, Phase.DETAIL) and round.enter.kind == "update"
-        self._end(round, "failed", now)
+        if round.phase in NAMED:
+            self._mismatch(round, now)
+        else:
+            self._end(round, "failed", now)
 
     def _end(self, round: Round, verdict: m.Word, now: float) -> None:
         ok = verdict not in ("failed", "mismatch")
         update = round.enter.kind == "update"
+        moved = update and round.phase in MOVED
+        # The ranks abort their group after such an update: it takes a new epoch to make another.
+        self._broken |= moved and not ok
         if ok and round.enter.kind != "check":
             self.committed = round.enter.version
         servers = [member.server for member in round.members.values() if member.server]
         outcome = m.Outcome(
             update=round.update,
             ok=ok,
-            moved=update and round.phase in (Phase.RUN, Phase.DETAIL),
+            moved=moved,
             verdict=verdict,
             failures=round.failures[:1000],
             arrived={name: why for done in round.dones.values() for name, why in sorted(done.arrived.items())},
+            exempt={name: why for done in round.dones.values() for name, why in sorted(done.exempt.items())},
             epoch=self.epoch,
             seconds=now - round.started,
+            digest_s=max((laps.get("verify", 0.0) for laps in self._server_stages(round)), default=0.0),
             trainers=sum(member.trainer is not None for member in round.members.values()),
             replicas=sorted({server.replica for server in servers}),
             servers=len(servers),
@@ -406,6 +424,10 @@ class Coordinator:
         self.requests.settle(round.enter, outcome)
         self.round = None
         self._send(recipients, outcome)
+
+    def _server_stages(self, round: Round) -> list[dict[str, float]]:
+        members = round.members
+        return [done.stages for peer, done in round.dones.items() if members[peer].server]
 
     def _refuse_enter(self, message: m.Enter, reason: str) -> None:
         failure = m.Failure(rank=str(self.roster.peers[message.peer]), tensor=None, reason=reason)
@@ -432,7 +454,3 @@ def _differs(first: m.Enter, other: m.Enter) -> str:
         if one != two:
             return f"expected {name} {one!r}, got {two!r}"
     return ""
-
-
-def _text(sums: tuple[int, int] | None) -> str:
-    return f"grid61:{sums[0]:016x}{sums[1]:016x}" if sums else "none"

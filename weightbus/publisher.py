@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Literal, overload
 
 from weightbus import messages as m
+from weightbus.box import Box
 from weightbus.client import DEFAULT_ADDRESS
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
@@ -276,12 +277,22 @@ class Publisher:
             word=outcome.verdict if outcome.ok else "mismatch",
             version=self.version,
             mismatches=tuple(
-                Mismatch(rank=failure.rank, tensor=failure.tensor, reason=failure.reason)
+                Mismatch(
+                    rank=failure.rank,
+                    tensor=failure.tensor,
+                    reason=failure.reason,
+                    kind=failure.kind,
+                    where=failure.where,
+                    box=Box(tuple(span.offsets), tuple(span.sizes)) if span else None,
+                )
                 for failure in outcome.failures
+                for span in [failure.box]
             ),
             arrived=outcome.arrived,
+            exempt=outcome.exempt,
             servers=outcome.servers,
             seconds=time.monotonic() - begun,
+            digest_s=outcome.digest_s,
         )
 
     def _enter(

@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from weightbus.box import Box
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """One tensor that is not what it should be, on one server rank."""
+    """One tensor that is not what it should be, on one server rank.
+
+    kind: what its digests say that it is (docs/checks.md); empty where they don't. where: in words, the part
+    that differs, or why that is not known; box: the box of the global tensor that holds all of it.
+    """
 
     rank: str
     tensor: str | None
     reason: str
+    kind: str = ""
+    where: str = ""
+    box: Box | None = None
 
     def __str__(self) -> str:
-        return f"{self.tensor}: {self.reason}; {self.rank}" if self.tensor else f"{self.rank}: {self.reason}"
+        where = ": ".join(filter(None, (self.kind, self.where)))
+        text = "; ".join(filter(None, (self.reason, where)))
+        return f"{self.tensor}: {text}; {self.rank}" if self.tensor else f"{self.rank}: {text}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +36,20 @@ class Verdict:
     word: ``verified`` if every server rank holds the version's bytes live; ``arrived`` if all that can
     be digested does, but some tensors sit behind hooks; ``mismatch`` otherwise.
     arrived: those tensors, each with the reason why it can't be digested where it lives.
+    exempt: names of server ranks' tensors that no update feeds in full, each with the reason why that is no
+    error: ``local``, ``derived``, or what can't be traced.
+    seconds: from the call to the verdict; servers may have been busy for some of it. digest_s: the longest that
+    a server rank took to digest.
     """
 
     word: str
     version: int | None
     mismatches: tuple[Mismatch, ...]
     arrived: Mapping[str, str]
+    exempt: Mapping[str, str]
     servers: int
     seconds: float
+    digest_s: float
 
     @property
     def ok(self) -> bool:
@@ -40,10 +57,14 @@ class Verdict:
 
     def __str__(self) -> str:
         where = _count(self.servers, "server rank")
-        head = f"{self.word} version {self.version} on {where} in {self.seconds:.3f} s"
+        spent = f"{self.seconds:.3f} s, {self.digest_s * 1e3:.1f} ms of it for digests"
+        head = f"{self.word} version {self.version} on {where} in {spent}"
         if self.arrived:
             name, why = next(iter(self.arrived.items()))
             head += f"; {_count(len(self.arrived), 'tensor')} not checked live, such as {name}: {why}"
+        if self.exempt:
+            words = sorted({word for word in self.exempt.values() if word in ("local", "derived")})
+            head += f"; {_count(len(self.exempt), 'name')} not fed in full: {', '.join(words) or 'not traced'}"
         return "\n  ".join([head, *map(str, self.mismatches)])
 
 

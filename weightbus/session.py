@@ -56,6 +56,7 @@ class Session:
         self._place(device, num_buckets)
         self._group: Group | None = None
         self._plans: dict[str, Planned] = {}
+        self.recent: Planned | None = None  # the plan that ran last, if it still holds
         self._epoch = -1
         self._users = 0
         # What a new hub has to know of an earlier one.
@@ -154,6 +155,8 @@ class Session:
     def _follow(self, turn: Turn, offer: m.Offer | None, wait_s: float) -> m.Outcome:
         if offer is not None:
             turn.offered(offer)
+        else:
+            turn.look_ahead()
         while True:
             limit_s = turn.limit_s if turn.offer else wait_s
             message = self.link.receive(limit_s, spin_s=SPIN_S)
@@ -169,6 +172,10 @@ class Session:
                         return turn.ended(ended)
                 case m.Detail():
                     turn.detail(message)
+                case m.Suspects():
+                    turn.suspects(message)
+                case m.Probe():
+                    turn.probe(message)
                 case m.Outcome():
                     return turn.ended(message)
                 case m.Farewell():
@@ -304,6 +311,8 @@ class Session:
 
     def forget_plan(self, token: str) -> None:
         if (planned := self._plans.pop(token, None)) is not None:
+            if planned is self.recent:
+                self.recent = None
             planned.sharing.close()
 
     def forget_plans(self) -> None:

@@ -25,6 +25,7 @@ class Sharing:
         self.imports: dict[int, Import] = {}
         self._export: Export | None = None
         self._read: frozenset[str] = frozenset()
+        self._gone: bool | None = None
 
     def export(self, parts: Parts) -> bytes:
         """A trainer rank's exports of its parts, or the reason why there are none."""
@@ -60,6 +61,10 @@ class Sharing:
             if piece.src == rank and reader != rank
         )
 
+    def look(self) -> None:
+        """Notice now, while there is time, whether what was exported is gone; the next ``ready`` says so."""
+        self._gone = self._export is not None and self._export.moved()
+
     def ready(self, timeout_s: float, filled: Mark) -> bool:
         """Make what others are about to read complete; False where they would read what is no longer there.
 
@@ -68,7 +73,8 @@ class Sharing:
         """
         if self._export is None:
             return True
-        if self._export.moved():
+        gone, self._gone = self._gone, None
+        if self._export.moved() if gone is None else gone:
             return False
         self._export.pack(self._read)
         if self.device.type == "cuda":

@@ -28,14 +28,19 @@ class Subscriber:
     """One server rank's subscriber; every rank of every replica makes one.
 
     target: the live model: an ``nn.Module``, a mapping of names to modules, or an iterable of (name,
-        tensor). Plain tensors, DTensors, and parameters with a ``weight_loader`` are written in place.
+        tensor). Plain tensors, DTensors, and parameters with a ``weight_loader`` are written in place; a
+        module with ``load_weights`` is written where that would write (docs/checks.md).
     replica: which copy of the model this rank belongs to. rank, replica_size: this rank's place in it;
         default from the model's device mesh, else torchrun's variables.
     name_map: a function or mapping from a wire name to this model's name, to a tuple of a name and
-        further arguments for its ``weight_loader``, or to None where another rank takes it.
+        further arguments for its ``weight_loader``, or to None where another rank takes it. A module with
+        ``load_weights`` is told the name that a wire name is mapped to.
         A ``weight_loader`` is called once more than there are updates: on tensors without data, on the
         meta device, to learn which elements it writes (docs/checks.md).
     local: patterns of this model's names that no update feeds, or, behind hooks, feeds in part.
+    derived: patterns of names that the engine computes from others, as in ``on_commit``.
+    trust_traces: a ``weight_loader`` that could be traced is not called: its writes are made directly, with
+        no staging memory. Not for hooks that do more than write.
     on_update: called with the version before any byte is written (pause). Then exactly one of
         on_commit (with the version: flush caches, resume), on_torn (with the error: weights are a
         mixture) or on_refused (with the error: the old weights live on).
@@ -56,6 +61,8 @@ class Subscriber:
         replica_size: int | None = None,
         name_map: NameMap | None = None,
         local: Sequence[str] = (),
+        derived: Sequence[str] = (),
+        trust_traces: bool = False,
         on_update: Callable[[int], None] | None = None,
         on_commit: Callable[[int], None] | None = None,
         on_torn: Callable[[WeightbusError], None] | None = None,
@@ -71,6 +78,8 @@ class Subscriber:
             target,
             name_map=name_map,
             local=local,
+            derived=derived,
+            trust_traces=trust_traces,
             on_update=on_update,
             on_commit=on_commit,
             on_torn=on_torn,

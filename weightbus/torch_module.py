@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -55,6 +55,28 @@ def reshard(modules: Sequence[nn.Module]) -> None:
     for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def twin(module: nn.Module, stand_ins: Mapping[int, Tensor]) -> nn.Module:
+    """A copy of the module tree that shares all but the tensors whose ``id`` is in ``stand_ins``.
+
+    Modules and tensors that a module holds outside of its registered ones stay the originals.
+    """
+    copies: dict[int, nn.Module] = {}
+
+    def copy(one: nn.Module) -> nn.Module:
+        if id(one) not in copies:
+            other = copies[id(one)] = type(one).__new__(type(one))
+            other.__dict__.update(one.__dict__)
+            for held in ("_parameters", "_buffers"):
+                tensors = one.__dict__[held].items()
+                other.__dict__[held] = {key: stand_ins.get(id(tensor), tensor) for key, tensor in tensors}
+            children = one._modules.items()
+            copied = {key: None if child is None else copy(child) for key, child in children}
+            other.__dict__["_modules"] = copied
+        return copies[id(one)]
+
+    return copy(module)
 
 
 _get: Callable[[dict[str, Any], str], Any] = dict.get

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +12,23 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from weightbus.box import Box, overlap
 from weightbus.trace import Effect, Grid, Piece, Untraceable, View, fills_of, pieces_of
 
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
 _FILLS = (_aten.fill_.Scalar, _aten.zero_.default)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What a run of loading code does. effects: by parameter; pieces name their wire tensors.
+
+    casts: the dtype in which a wire tensor is written, where it is not its own.
+    """
+
+    effects: dict[str, Effect]
+    casts: dict[str, torch.dtype]
 
 
 def trace(
@@ -29,12 +42,26 @@ def trace(
     shape, dtype: the wire tensor's. Raises Untraceable, with the reason, unless the hook does nothing but
     view, copy and fill. The hook runs once, on stand-ins of the parameters' own classes and attributes.
     """
-    stand_ins = {name: _stand_in(name, parameter) for name, parameter in parameters.items()}
     wire = torch.empty(shape, dtype=dtype, device="meta")
-    recorder = _Recorder(wire, stand_ins)
+    return trace_many(lambda stand_ins: hook(stand_ins, wire), {"": wire}, parameters).effects
+
+
+def trace_many(
+    run: Callable[[dict[str, Tensor]], object],
+    wires: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    *,
+    allow_casts: bool = False,
+) -> Traced:
+    """``trace`` for code that is given many wire tensors, by name, all on the meta device.
+
+    allow_casts: write casts down instead of refusing them; the pieces then hold elements, not bytes.
+    """
+    stand_ins = {name: _stand_in(name, parameter) for name, parameter in parameters.items()}
+    recorder = _Recorder(wires, stand_ins, allow_casts)
     try:
         with torch.no_grad(), recorder:
-            hook(stand_ins, wire)
+            run(stand_ins)
     except Untraceable:
         raise
     except Exception as error:
@@ -42,11 +69,12 @@ def trace(
     for name, tensor in stand_ins.items():
         if recorder.names.get(_storage(tensor)) != name:
             raise Untraceable(f"it gives {name} another storage")
-    boxes = [piece.box for effect in recorder.effects.values() for piece in effect.pieces]
-    for i, box in enumerate(boxes):
-        if any(box.intersect(other) for other in boxes[:i]):
-            raise Untraceable("it writes an element to two places")
-    return recorder.effects
+    boxes: dict[str, list[Box]] = {}
+    for piece in (piece for effect in recorder.effects.values() for piece in effect.pieces):
+        boxes.setdefault(piece.wire, []).append(piece.box)
+    if any(overlap(found) for found in boxes.values()):
+        raise Untraceable("it writes an element to two places")
+    return Traced(recorder.effects, recorder.casts)
 
 
 def _stand_in(name: str, parameter: Tensor) -> Tensor:
@@ -65,14 +93,23 @@ def _storage(tensor: Tensor) -> int:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets views through, writes copies and fills down, and refuses all else that touches a recorded tensor."""
 
-    def __init__(self, wire: Tensor, stand_ins: Mapping[str, Tensor]) -> None:
+    def __init__(self, wires: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor], allow_casts: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.effects: dict[str, Effect] = {}
+        self.casts: dict[str, torch.dtype] = {}
+        self._allow_casts = allow_casts
         self.names = {_storage(tensor): name for name, tensor in stand_ins.items()}
         self._grids = {name: Grid.like(tensor) for name, tensor in stand_ins.items()}
-        self._wire = Grid.like(wire)
-        # Storages of the wire tensor and of copies of its views: a copy holds what its source holds.
-        self._sources: dict[int, tuple[Tensor, Tensor | None]] = {_storage(wire): (wire, None)}
+        self._wires = {_storage(wire): name for name, wire in wires.items()}
+        # Storages of the wire tensors and of copies of their views: a copy holds what its source holds.
+        self._sources: dict[int, tuple[Tensor, Tensor | None]] = {
+            _storage(wire): (wire, None) for wire in wires.values()
+        }
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing here is compiled, and to be skipped by torch._dynamo takes seconds to import it."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -108,6 +145,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _fill(self, view: Tensor, value: float) -> None:
         name = self._written(view)
+        if value != value:
+            raise Untraceable(f"it fills {name} with NaN, which equals nothing")
         fills = fills_of(_view(view), self._grids[name], value)
         self.effects[name] = self.effects.get(name, Effect()).filled(fills)
 
@@ -125,16 +164,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return name
 
     def _pieces(self, source: Tensor, target: View, dtype: torch.dtype, grid: Grid) -> list[Piece]:
-        """A copy from a view of the wire tensor, or of a copy of one, whose own source is looked up."""
-        if source.dtype != dtype:
-            raise Untraceable(f"it casts from {source.dtype} to {dtype}")
+        """A copy from a view of a wire tensor, or of a copy of one, whose own source is looked up."""
         held, origin = self._sources[_storage(source)]
+        if source.dtype != dtype and not self._allow_casts:
+            raise Untraceable(f"it casts from {source.dtype} to {dtype}")
+        pieces = pieces_of(_view(source), Grid.like(held), target, grid)
         if origin is None:
-            return pieces_of(_view(source), self._wire, target, grid)
+            wire = self._wires[_storage(source)]
+            if source.dtype != dtype and self.casts.setdefault(wire, dtype) != dtype:
+                raise Untraceable(f"it casts from {source.dtype} to {self.casts[wire]} and to {dtype}")
+            return [replace(piece, wire=wire) for piece in pieces]
         found = []
-        for piece in pieces_of(_view(source), Grid.like(held), target, grid):
+        for piece in pieces:
             inner = origin[tuple(slice(o, e) for o, e in zip(piece.box.offsets, piece.box.ends, strict=True))]
-            found += self._pieces(inner, piece.view, held.dtype, grid)
+            found += self._pieces(inner, piece.view, dtype if self._allow_casts else held.dtype, grid)
         return found
 
 

@@ -1,4 +1,4 @@
-"""What a loader hook does with a wire tensor, as boxes: from the strides of the copies that it makes."""
+"""What loading code does with wire tensors, as boxes: from the strides of the copies that it makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import product
 
 from torch import Tensor
 
-from weightbus.box import Box
+from weightbus.box import Box, overlap
 
 # More pieces than this say that a tensor is scattered rather than cut into boxes.
 MAX_PIECES = 4096
@@ -63,11 +63,15 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``box`` of the wire tensor goes to ``view`` of the parameter, which is its box ``target``."""
+    """``box`` of a wire tensor goes to ``view`` of the parameter, which is its box ``target``.
+
+    wire: the tensor's name, where there are several.
+    """
 
     box: Box
     view: View
     target: Box
+    wire: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """All that a hook does to one parameter with one wire tensor. Boxes are disjoint."""
+    """All that loading code does to one parameter. Its boxes of the parameter are disjoint."""
 
     pieces: tuple[Piece, ...] = ()
     fills: tuple[Fill, ...] = ()
@@ -92,16 +96,14 @@ class Effect:
 
     def copied(self, new: Sequence[Piece]) -> Effect:
         """This effect, then copies."""
-        for one, other in product(self.pieces, new):
-            if one.target.intersect(other.target):
-                raise Untraceable("it writes an element twice")
+        if overlap([piece.target for piece in self.pieces], [piece.target for piece in new]):
+            raise Untraceable("it writes an element twice")
         return Effect((*self.pieces, *new), _without(self.fills, [piece.target for piece in new]))
 
     def filled(self, new: Sequence[Fill]) -> Effect:
         """This effect, then fills."""
-        for one, other in product(self.pieces, new):
-            if one.target.intersect(other.target):
-                raise Untraceable("it overwrites what it has copied")
+        if overlap([piece.target for piece in self.pieces], [fill.target for fill in new]):
+            raise Untraceable("it overwrites what it has copied")
         return Effect(self.pieces, (*_without(self.fills, [fill.target for fill in new]), *new))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +23,13 @@ from weightbus.peer import CompiledPeer, Peer
 from weightbus.plan import Want, merge_sources
 from weightbus.planned import Planned, Settings, Survey, make_planned
 from weightbus.sharing import Sharing
+from weightbus.witness import Evidence, answer, clue, hidden_sums, spoiled, tensor_sums
 
 if TYPE_CHECKING:
-    from weightbus.ends import Origin
+    from weightbus.ends import Destination, Origin
     from weightbus.session import Session
+
+log = logging.getLogger("weightbus")
 
 # The hub ends every phase by its own deadline; a rank allows it this much more.
 SLACK_S = 30.0
@@ -60,16 +65,6 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What this rank can fold for one job: of what it sent, of what it holds live."""
-
-    sent: Record | None
-    live: Record | None
-    modules: Sequence[str] | None = None
-    live_only: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCopy:
     """What a trainer rank sends instead of its live source. filled: reached once it is complete."""
 
@@ -83,6 +78,7 @@ class Turn:
     def __init__(self, session: Session, progress: Progress, copied: SourceCopy | None) -> None:
         self.session, self.progress, self.copied = session, progress, copied
         self.offer: m.Offer | None = None
+        self._looked = False
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
@@ -197,13 +193,25 @@ class Turn:
         peer = self.session.link.peer
         self.session.link.send(m.Facts(peer=peer, update=self._offer.update, blob=blob, memory=memory))
 
+    def look_ahead(self) -> None:
+        """Trainer ranks, once the hub has been told and while its offer is on the way: look at its tensors."""
+        # What is wrong is said when there is an offer to refuse.
+        with contextlib.suppress(WeightbusError):
+            self._look_at_source()
+            self._looked = True
+        if self.session.recent is not None:
+            self.session.recent.sharing.look()
+
+    def _look_at_source(self) -> None:
+        session = self.session
+        if session.origin is not None and self.copied is None and session.origin.refresh():
+            session.forget_plans()
+
     def _look_at_tensors(self) -> None:
         """Notice those that were replaced or moved; then the engine stops using the weights."""
         session = self.session
-        # A trainer rank does so here, while server ranks do, and not before the hub is told of the update.
-        sends = self._me.trainer is not None and self.copied is None
-        if sends and session.origin and session.origin.refresh():
-            session.forget_plans()
+        if self._me.trainer is not None and not self._looked:
+            self._look_at_source()
         if self._me.server and session.destination:
             if session.destination.refresh():
                 session.forget_plans()
@@ -277,6 +285,7 @@ class Turn:
         error = ""
         try:
             assert planned is not None, "ready was answered with this plan"
+            self.session.recent = planned
             self._transfer(planned, go.seed)
         except Ended as ended:
             return ended.outcome
@@ -307,6 +316,8 @@ class Turn:
                 after=self.copied.filled if self.copied else None,
                 pause_s=BACKGROUND_PAUSE_S if self.copied else 0.0,
             )
+            if planned.target:
+                planned.target.fill()
         finally:
             progress.wrote |= route.wrote
         self._lap("transfer")
@@ -317,7 +328,7 @@ class Turn:
             self._clock("digest", begun)
             self._lap("verify")
 
-        def record(ledger: Ledger, target: Target | None) -> Record:
+        def record(ledger: Ledger, target: Target | None, end: Origin | Destination | None) -> Record:
             return Record(
                 version=offer.version,
                 plan=offer.plan,
@@ -326,12 +337,16 @@ class Turn:
                 sums=ledger.sums.copy(),
                 group=planned.group,
                 target=target,
+                wants=planned.wants,
+                former=end.former(ledger, offer.modules) if end else None,
             )
 
         self._evidence = [
             Evidence(
-                sent=record(planned.sent, None) if self._me.trainer is not None else None,
-                live=record(planned.live, planned.target) if self._me.server else None,
+                sent=record(planned.sent, None, self.session.origin) if self._me.trainer is not None else None,
+                live=record(planned.live, planned.target, self.session.destination)
+                if self._me.server
+                else None,
             )
         ]
 
@@ -360,7 +375,7 @@ class Turn:
 
     def _look(self, deadline: float) -> Callable[[], None]:
         """A function to call while waiting: raises once the hub has ended the update, or too late."""
-        next_look = 0.0
+        next_look = time.monotonic() + LOOK_S
 
         def look() -> None:
             nonlocal next_look
@@ -381,8 +396,9 @@ class Turn:
         return look
 
     def _done(self, error: str = "") -> None:
-        sent, live, wrong = [], [], []
+        sent, live, wrong, hidden = [], [], [], []
         arrived: dict[str, str] = {}
+        exempt: dict[str, str] = {}
         if not error and (self._offer.verify or self._offer.kind == "check"):
             for job, evidence in enumerate(self._evidence):
                 if evidence.sent:
@@ -391,7 +407,10 @@ class Turn:
                     live.append(self._fold(job, evidence.live, evidence.live.group))
                     if (target := evidence.live.target) is not None:
                         arrived |= target.arrived()
-                        wrong += target.spoiled_fills()
+                        wrong += spoiled(target)
+                        if self._offer.kind == "check":
+                            hidden.append(hidden_sums(job, target, evidence.live.seed))
+                            exempt |= target.exempt
         self.session.link.send(
             m.Done(
                 peer=self.session.link.peer,
@@ -400,6 +419,8 @@ class Turn:
                 live=live,
                 arrived=arrived,
                 wrong=wrong,
+                hidden=hidden,
+                exempt=exempt,
                 error=error,
                 nbytes=self.progress.nbytes,
                 starts=self._starts,
@@ -441,18 +462,34 @@ class Turn:
 
     def detail(self, detail: m.Detail) -> None:
         """Sums of the single tensors where folds differ."""
-        sent: list[m.TensorSums] = []
-        live: list[m.TensorSums] = []
-        for job, group in detail.groups:
-            evidence = self._evidence[job]
-            for record, found in ((evidence.sent, sent), (evidence.live, live)):
-                if record and (record is evidence.sent or record.group == group):
-                    sums = record.ledger.by_tensor(
-                        record.sums, group, evidence.modules, live_only=evidence.live_only
-                    )
-                    found.append(m.TensorSums(job=job, group=group, sums=sums))
+        sent, live = tensor_sums(self._evidence, detail.groups)
         peer = self.session.link.peer
         self.session.link.send(m.Sums(peer=peer, update=self._offer.update, sent=sent, live=live))
+
+    @property
+    def _held(self) -> Mapping[str, Sequence[Part]]:
+        return self._parts(self.session.origin) if self.session.origin else {}
+
+    def suspects(self, suspects: m.Suspects) -> None:
+        """What this rank knows of tensors that are wrong somewhere."""
+        try:
+            clues = [clue(self._evidence, suspect, self._held) for suspect in suspects.suspects]
+        except Exception as caught:
+            # The verdict stands without them.
+            log.warning("clues: %s", explain(caught))
+            clues = []
+        peer = self.session.link.peer
+        self.session.link.send(m.Clues(peer=peer, update=self._offer.update, clues=clues))
+
+    def probe(self, probe: m.Probe) -> None:
+        """Sums of boxes of them."""
+        sums, error = [], ""
+        try:
+            sums = [answer(self._evidence, question, self._held) for question in probe.questions]
+        except Exception as caught:
+            error = explain(caught)
+        peer = self.session.link.peer
+        self.session.link.send(m.Probed(peer=peer, update=self._offer.update, sums=sums, error=error))
 
     # -- the end -----------------------------------------------------------------------------------
 

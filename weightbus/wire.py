@@ -17,11 +17,13 @@ HEADER = b"weightbus/1"
 
 ToHub = (
     m.Hello | m.Beat | m.Leave | m.Piece | m.Enter | m.Facts | m.Ready | m.Refuse | m.Done | m.Sums | m.Poll
+    | m.Clues | m.Probed
     | m.StoreSet | m.StoreGet | m.StoreAdd | m.StoreCheck | m.StoreDelete | m.StoreCount
     | a.AskStatus | a.AskUpdate | a.AskCheck | a.AskVersion | a.AskPause | a.AskResume
 )  # fmt: skip
 FromHub = (
     m.Welcome | m.Refused | m.Alive | m.Farewell | m.Offer | m.Gathered | m.Go | m.Detail | m.Outcome
+    | m.Suspects | m.Probe
     | m.Polled | m.StoreValue
     | a.Waiting | a.Answer | a.Status
 )  # fmt: skip

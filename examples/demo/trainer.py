@@ -95,6 +95,7 @@ def main() -> None:
                 "nbytes": str(report.nbytes),
                 "update": str(report),
                 "check": str(verdict),
+                "check_seconds": str(verdict.digest_s),
             }
             show(snapshot.path(args.folder, "trainer", step), encode, facts)
     dist.destroy_process_group()

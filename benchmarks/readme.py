@@ -1,0 +1,96 @@
+"""Writes the figures of README.md from benchmarks/results/, between its two marks; ``--check`` only compares.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures: benchmarks/readme.py -->\n", "<!-- end of figures -->\n"
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def find(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def timed(what: str, row: dict[str, Any] | None, raw: dict[str, Any] | None) -> Iterator[str]:
+    if row:
+        ratio = f"{row['p50_s'] / raw['p50_s']:.2f}" if raw else ""
+        yield f"| {what} | {row['p50_s'] * 1e3:.1f} | {row['nbytes'] / row['p50_s'] / 1e9:.0f} | {ratio} |"
+
+
+def gpus() -> Iterator[str]:
+    rows, peer = rows_of("update-h100"), rows_of("peer-h100")
+    model = {"model": "qwen3-8b"}
+    raw = find(rows, **model, case="bf16", what="raw broadcast of one buffer")
+    yield "Two H100 joined by NVLink, Qwen3-8B's shapes (399 tensors, 16.4 GB), one trainer and one server"
+    yield "rank; medians of `update()`, from the call to the commit on all ranks"
+    yield "([update](benchmarks/results/update-h100.json), [peer](benchmarks/results/peer-h100.json)):"
+    yield ""
+    yield "| what | ms | GB/s | of the raw broadcast of the same run |"
+    yield "|---|---|---|---|"
+    for row in rows:
+        if row["model"] == "qwen3-8b" and row["case"] == "bf16":
+            name = row["what"].replace("weightbus", "weightbus, broadcast route")
+            yield from timed(name, row, raw)
+    for what in ("weightbus", "weightbus, verified"):
+        row = find(rows, **model, case="fp32 masters to bf16", what=what)
+        base = find(rows, **model, case="fp32 masters to bf16", what="raw broadcast of one buffer")
+        yield from timed(f"fp32 masters to bf16: {what}", row, base)
+    base = find(peer, **model, case="GPU 0 to 1", what="raw broadcast of one buffer")
+    for what in ("update", "update, verified"):
+        row = find(peer, **model, case="GPU 0 to 1", what=what)
+        yield from timed(what.replace("update", "weightbus, peer route (CUDA IPC)"), row, base)
+    yield ""
+    check = find(rows, **model, case="check", what="publisher.check()")
+    hashed = find(rows, **model, case="check", what=".cpu() and hashlib's SHA-256, a piece of the model")
+    if check and hashed:
+        yield (
+            f"`publisher.check()` of both ends takes {check['p50_s'] * 1e3:.1f} ms; copying to the host and "
+            f"SHA-256 there runs at {hashed['nbytes'] / hashed['p50_s'] / 1e9:.2f} GB/s in the same run."
+        )
+        yield ""
+
+
+def digests() -> Iterator[str]:
+    yield "| digest | of a kernel that only reads | GB/s |"
+    yield "|---|---|---|"
+    for row in rows_of("digest-h100"):
+        if row.get("of_baseline") and row["what"] != "only reading (ceiling)":
+            yield f"| {row['what']} (one H100) | {row['of_baseline'] * 100:.0f} % | {row['GB/s']:.0f} |"
+    yield ""
+
+
+def figures() -> str:
+    return "\n".join([*gpus(), *digests()])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 if README.md says something else")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    new = f"{before}{BEGIN}\n{figures()}{END}{after}"
+    if options.check:
+        return int(new != text)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
