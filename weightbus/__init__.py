@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from weightbus.changes import Snapshot as Snapshot
     from weightbus.changes import compare as compare
     from weightbus.changes import snapshot as snapshot
+    from weightbus.client import Client as Client
     from weightbus.colocated import Colocated as Colocated
     from weightbus.colocated import colocate as colocate
     from weightbus.digest import Digest as Digest
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from weightbus.errors import TornError as TornError
     from weightbus.errors import UpdateError as UpdateError
     from weightbus.errors import WeightbusError as WeightbusError
+    from weightbus.keys import Keys as Keys
     from weightbus.perturbation import perturb as perturb
     from weightbus.publisher import Publisher as Publisher
     from weightbus.report import Mismatch as Mismatch
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 # Public names by module, imported on first use, as the hub must start without torch.
 _PUBLIC = {
     "changes": ["Changes", "Snapshot", "compare", "snapshot"],
+    "client": ["Client"],
     "colocated": ["Colocated", "colocate"],
     "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
     "errors": [
@@ -54,6 +57,7 @@ _PUBLIC = {
         "UpdateError",
         "WeightbusError",
     ],
+    "keys": ["Keys"],
     "perturbation": ["perturb"],
     "publisher": ["Publisher"],
     "report": ["Mismatch", "Report", "Verdict"],

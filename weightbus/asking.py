@@ -11,8 +11,9 @@ import zmq
 
 from weightbus import messages as m
 from weightbus.errors import HubError
-from weightbus.hub import check_loopback
-from weightbus.link import Connection, listens
+from weightbus.keys import Keys, load_keys
+from weightbus.link import Connection
+from weightbus.start import listens
 
 # A hub answers what it knows at once.
 ANSWER_S = 5.0
@@ -24,14 +25,16 @@ SLACK_S = 15.0
 class Asking:
     """One client of the hub at ``address``, which is no rank: it never says hello."""
 
-    def __init__(self, address: str) -> None:
-        """Raises HubError where nothing listens at ``address``."""
-        check_loopback(address)
+    def __init__(self, address: str, keys: Keys | None = None) -> None:
+        """keys: as the publisher's; from the environment by default. Raises HubError where nothing listens at
+        ``address``, or where it needs keys and there are none."""
+        keys = keys or load_keys(None)
+        keys.check(address)
         if not listens(address):
             raise HubError(f"no hub listens at {address}")
         self.address = address
         self._context: zmq.Context[Any] = zmq.Context()
-        self._connection = Connection(self._context, address)
+        self._connection = Connection(self._context, address, keys)
 
     def send(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,6 +35,8 @@ class Broadcast:
         self.wrote = False
         self._ended: list[Mark] = []
         self._digested: dict[int, Mark] = {}
+        # Told the name of a stage and when a piece of it began, at its end; on CUDA the host's time.
+        self.clock: Callable[[str, float], None] = lambda stage, begun: None
 
     def run(
         self,
@@ -91,20 +94,26 @@ class Broadcast:
             with lanes.pack:
                 lanes.pack.after(free)
                 lanes.pack.after(self._digested.get(earlier))
+                begun = time.monotonic()
                 wave.pack.run()
+                self.clock("pack", begun)
             packed = lanes.pack.mark()
             lanes.send.after(packed)
         elif wave.staged or self.compiled.whole:
             lanes.send.after(free)
         self.wrote = True
+        begun = time.monotonic()
         with lanes.send:
             works = self.group.broadcast([(step.buffer, step.src) for step in wave.steps])
         sent = lanes.send.mark()
+        self.clock("send", begun)
         if seed:
+            begun = time.monotonic()
             with lanes.digest:
                 lanes.digest.after(packed)
                 if self.sent.launch(index, seed):
                     self._digested[index] = lanes.digest.mark()
+            self.clock("digest", begun)
         return works, sent
 
     def _finish(
@@ -121,18 +130,24 @@ class Broadcast:
         lanes = self.lanes
         with lanes.install:
             lanes.install.after(sent)
+            begun = time.monotonic()
             for work in works:
                 self.group.wait(work, check)
+            self.clock("send", begun)
+            begun = time.monotonic()
             wave.unpack.run()
             if wave.unpack.to_host:
                 lanes.install.stream.synchronize()
             for name in wave.assembled:
                 self._install(name, seed)
         self._ended.append(lanes.install.mark())
+        self.clock("install", begun)
         if seed:
+            begun = time.monotonic()
             with lanes.digest:
                 lanes.digest.after(self._ended[index])
                 self.live.launch(index, seed)
+            self.clock("digest", begun)
         if not lanes.overlap:
             progress(wave.nbytes)
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 import weightbus
-from weightbus import hub, load_command
+from weightbus import hub, load_command, operate
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,12 +15,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"weightbus {weightbus.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("hub", help="run the hub until it is stopped", add_help=False)
+    for name, text in operate.COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
     commands.add_parser("digest", help="digests of the tensors in safetensors files", add_help=False)
     commands.add_parser("update-from-disk", help="have a replica load a checkpoint", add_help=False)
     commands.add_parser("http", help="serve the weight routes of engines", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "hub":
         return hub.main(rest)
+    if options.command in operate.COMMANDS:
+        return operate.main(options.command, rest)
     if options.command == "digest":
         from weightbus import digest_files  # here, as it imports torch
 

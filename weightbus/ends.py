@@ -55,6 +55,11 @@ class _End:
         for key in self._keys(modules):
             self._records[key] = record
 
+    def label(self, version: int) -> None:
+        """What was committed counts as ``version`` from now on."""
+        relabelled = {id(record): replace(record, version=version) for record in self._records.values()}
+        self._records = {key: relabelled[id(record)] for key, record in self._records.items()}
+
     def former(self, ledger: Ledger, modules: Sequence[str] | None) -> Former | None:
         """What was committed last of these modules, if it was by the same plan."""
         held = [self._records.get(key) for key in self._keys(modules)]
@@ -219,6 +224,10 @@ class Destination(_End):
         self.forget(None)
         self.state, self.version = "torn", None
         self.error = TornError("the weights were overwritten for a test")
+
+    def label(self, version: int) -> None:
+        super().label(version)
+        self.state, self.version = "ready", version
 
     def before(self, version: int | None) -> None:
         """An update is about to start: the engine stops using the weights."""

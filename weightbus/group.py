@@ -30,7 +30,7 @@ class Group:
         if size == 1:
             return
         assert isinstance(link, Link), "a process by itself is a group of one"
-        self._store = HubStore(link.context, link.address, epoch, timeout_s)
+        self._store = HubStore(link, epoch, timeout_s)
         try:
             if device.type == "cuda":
                 self._backend = torch_group.nccl_backend(self._store, rank, size, timeout_s, device)

@@ -1,25 +1,34 @@
 """The hub: the one address that all ranks and tools talk to. A process of its own, without torch.
 
 ``python -m weightbus.hub --address tcp://127.0.0.1:5757``. It owns one ROUTER socket, decodes what
-comes in, lets ``Coordinator`` decide, keeps the rendezvous keys of the process group, and sends.
+comes in, lets ``Coordinator`` decide, and sends. Nothing that arrives can end it, and no peer can make
+it wait: it never blocks on a send, and takes messages of all connections in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 import secrets
 import signal
 import time
-from urllib.parse import urlsplit
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import zmq
 
+from weightbus import asks as a
 from weightbus import messages as m
+from weightbus import wire
+from weightbus.door import Door
 from weightbus.errors import HubError, ProtocolError
+from weightbus.guard import OVERHEAD_BYTES, Guard
+from weightbus.keys import Keys, load_keys
+from weightbus.overview import status_of
 from weightbus.protocol import Coordinator
+from weightbus.rendezvous import Rendezvous
 from weightbus.roster import Peer
 
 log = logging.getLogger("weightbus.hub")
@@ -33,97 +42,159 @@ LINGER_S = 2.0
 # A hub that nobody has joined for this long after its start has no one to serve.
 UNUSED_S = 60.0
 
-MAX_STORE_KEYS = 100_000
+# Messages that a connection may leave unread before it is dropped, and that are taken from it unseen.
+MAX_UNREAD = 64
+
+# Refusals, hellos and requests that one connection gets answered in a second; more are only counted.
+MAX_ANSWERS_PER_S = 100
+
+# A client's request that carries tensors comes in pieces; one that stops coming is forgotten after so long.
+STALLED_S = 30.0
+
+# Hellos whose welcome has not been answered yet; the oldest go first.
+MAX_HELLOS = 1024
+
+# From this size on, all recipients of a message share one copy of it.
+SHARED_BYTES = 64 << 10
 
 # In a round, the hub and its ranks look for the next message so long before they wait for it: being woken
 # up costs more than all else that they do. Only where there are cores to spare.
 SPIN_S = 0.001 if (os.cpu_count() or 1) >= 8 else 0.0
 HUB_SPIN_S = 100 * SPIN_S
 
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """Of ``tcp://host:port``. Raises HubError for anything else."""
-    parts = urlsplit(address)
-    try:
-        port = parts.port
-    except ValueError:
-        port = None
-    if parts.scheme != "tcp" or not parts.hostname or not port:
-        raise HubError(f"address: expected tcp://host:port, got {address!r}")
-    return parts.hostname, port
-
-
-def check_loopback(address: str) -> None:
-    """Raises HubError unless only this host can reach ``address``: the channel has no keys."""
-    host, _ = host_and_port(address)
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise HubError(f"address: expected a loopback address, got {address!r}")
+Handler = Callable[[bytes, Any, float], m.Message | None]
 
 
 class Hub:
-    """Serves one address until it is stopped or, if ``ephemeral``, until its last peer has left."""
+    """Serves one address until it is stopped or, if ``ephemeral``, until its last peer has left.
 
-    def __init__(self, address: str, *, ephemeral: bool = False, dead_after_s: float = DEAD_AFTER_S) -> None:
-        check_loopback(address)
+    Raises HubError for an address that others could reach and no keys, or that can't be listened on.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        ephemeral: bool = False,
+        dead_after_s: float = DEAD_AFTER_S,
+        keys: Keys | None = None,
+    ) -> None:
+        keys = keys or Keys()
+        keys.check(address)
+        if keys.client and not keys.hub_secret:
+            raise HubError("keys: expected hub.secret where the hub runs, got a client's keys only")
         self.coordinator = Coordinator(dead_after_s=dead_after_s)
         self.ephemeral = ephemeral
-        self.refused = 0
+        self.counts: Counter[str] = Counter()
+        self.token = secrets.token_hex(16)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.IPV6, 1)
+        for option, value in (
+            (zmq.LINGER, 500),
+            (zmq.IPV6, 1),
+            (zmq.MAXMSGSIZE, m.MAX_FRAME_BYTES),
+            (zmq.SNDHWM, MAX_UNREAD),
+            (zmq.RCVHWM, MAX_UNREAD),
+            # A full or vanished connection is an error at once, not a wait or a silent loss.
+            (zmq.ROUTER_MANDATORY, 1),
+            # A rank that connects again takes over from its own half-open connection.
+            (zmq.ROUTER_HANDOVER, 1),
+            (zmq.HANDSHAKE_IVL, 5000),
+            (zmq.HEARTBEAT_IVL, 2000),
+            (zmq.HEARTBEAT_TIMEOUT, 10000),
+        ):
+            self._socket.setsockopt(option, value)
+        self._door = Door(self._context, keys) if keys.hub_secret else None
+        if self._door:
+            self._door.protect(self._socket)
+        self._guard = Guard(self._socket)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            self._close()
             raise HubError(f"address: can't listen on {address}: {error}") from error
         self._identities: dict[str, bytes] = {}
-        self._store: dict[str, bytes] = {}
-        self._store_epoch = 0
+        self._hellos: OrderedDict[bytes, tuple[str, m.Hello]] = OrderedDict()
+        self._pieces: dict[str, bytearray] = {}
+        # Requests of clients that are not whole yet, and when their last piece came.
+        self._asked: dict[bytes, tuple[bytearray, float]] = {}
+        self._slow: set[str] = set()
+        self._answered: Counter[bytes] = Counter()
+        self._logged = 0
+        self._rendezvous = Rendezvous()
         self._started = time.monotonic()
         self._joined = False
         self._last_peer = 0.0
         self._stopping = False
+        self._handlers: dict[type[m.Message], Handler] = {
+            m.Hello: self._hello,
+            m.Beat: self._beat,
+            a.AskStatus: self._status,
+            a.AskPause: self._pause,
+            a.AskResume: self._resume,
+            m.AskTask: self._ask_task,
+            m.AskReplicas: self._ask_replicas,
+            **dict.fromkeys((a.AskUpdate, a.AskCheck, a.AskVersion), self._request),
+            **dict.fromkeys((m.Leave, m.Piece, m.Enter, m.Poll), self._from_member),
+            **dict.fromkeys((m.Facts, m.Ready, m.Refuse, m.Done, m.Sums, m.Clues, m.Probed), self._from_member),
+            **dict.fromkeys((m.StoreSet, m.StoreGet, m.StoreAdd), self._store),
+            **dict.fromkeys((m.StoreCheck, m.StoreDelete, m.StoreCount), self._store),
+        }
 
     def stop(self) -> None:
         self._stopping = True
 
     def serve(self) -> None:
         try:
-            next_tick = 0.0
+            poller = zmq.Poller()
+            poller.register(self._socket, zmq.POLLIN)
+            if self._door:
+                poller.register(self._door.socket, zmq.POLLIN)
+            next_tick = next_second = 0.0
             while not self._stopping and not self._deserted():
-                if self._arrives(0.05):
-                    # Bounded, so that a flood does not keep the clock from ticking.
-                    for _ in range(1000):
-                        try:
-                            identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-                        except zmq.Again:
-                            break
-                        self._receive(identity, frames)
+                until = time.monotonic() + (HUB_SPIN_S if self.coordinator.round is not None else 0.0)
+                while not self._socket.poll(0):
+                    if time.monotonic() >= until:
+                        poller.poll(50)
+                        break
+                if self._door:
+                    self._door.answer()
+                # Bounded, so that a flood does not keep the clock from ticking. The socket itself takes
+                # one message of each connection in turn, so that it does not keep others waiting.
+                for _ in range(200):
+                    try:
+                        frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+                    except zmq.Again:
+                        break
+                    self._receive(frame)
                 now = time.monotonic()
                 if now >= next_tick:
                     next_tick = now + 0.05
-                    for peer in self.coordinator.roster.silent(now):
-                        self._drop(peer, f"died: not heard for {now - peer.heard:.1f} s", now)
-                    self.coordinator.advance(now)
-                    self._flush()
+                    self._tick(now)
+                if now >= next_second:
+                    next_second = now + 1.0
+                    self._answered.clear()
+                    self._logged = 0
+                    self.counts["cut"] += self._guard.cut()
         finally:
-            self._socket.close()
-            self._context.term()
+            self._close()
 
-    def _arrives(self, timeout_s: float) -> bool:
-        """Whether a message is there, or comes in time."""
-        until = time.monotonic() + (HUB_SPIN_S if self.coordinator.round is not None else 0.0)
-        while not self._socket.poll(0):
-            if time.monotonic() >= until:
-                return bool(self._socket.poll(round(timeout_s * 1000)))
-        return True
+    def _close(self) -> None:
+        self._guard.close()
+        self._socket.close()
+        if self._door:
+            self._door.close()
+        self._context.term()
+
+    def _tick(self, now: float) -> None:
+        self._guard.look()
+        for peer in self.coordinator.roster.silent(now):
+            self._drop(peer, f"died: not heard for {now - peer.heard:.1f} s", now)
+        for identity in [i for i, (_, came) in self._asked.items() if now - came > STALLED_S]:
+            del self._asked[identity]
+        self.coordinator.requests.expire(now)
+        self.coordinator.advance(now)
+        self._flush(now)
 
     def _deserted(self) -> bool:
         now = time.monotonic()
@@ -134,63 +205,151 @@ class Hub:
             return False
         return now - self._last_peer > LINGER_S if self._joined else now - self._started > UNUSED_S
 
-    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
+    # -- what comes in -----------------------------------------------------------------------------
+
+    def _receive(self, frame: zmq.Frame) -> None:
+        """One message, of which ``frame`` is the first: the connection's identity."""
+        now = time.monotonic()
+        identity, number = frame.bytes, int(frame.get(zmq.SRCFD))
+        frames: list[bytes] = []
+        nbytes = OVERHEAD_BYTES
+        while frame.more:
+            frame = self._socket.recv(copy=False)
+            nbytes += len(frame)
+            # No message has more than two: what is behind them is read, and forgotten.
+            if len(frames) < 3:
+                frames.append(frame.bytes)
+        self._guard.taken[number] += nbytes
+        self.counts["messages"] += 1
+        answer: m.Message | None
         try:
-            message = m.decode_to_hub(frames)
-            answer = self._handle(identity, message, time.monotonic())
+            message = wire.decode_to_hub(frames)
+            answer = self._handlers[type(message)](identity, message, now)
         except ProtocolError as error:
-            self.refused += 1
-            log.warning("refused: %s", error)
-            answer = m.Refused(reason=str(error))
+            answer = self._refused(identity, str(error))
+        except Exception as error:  # a fault of ours must not end the hub for all the others
+            self.counts["errors"] += 1
+            log.exception("a message could not be handled")
+            answer = m.Refused(reason=f"{type(error).__name__} in the hub: {error}"[:1000])
         if answer is not None:
-            self._send(identity, answer)
-        self._flush()
+            self._send(identity, wire.encode(answer))
+        self._flush(now)
 
-    def _handle(self, identity: bytes, message: m.ToHub, now: float) -> m.Message | None:
+    def _refused(self, identity: bytes, reason: str, of: str = "") -> m.Refused | None:
+        """Counted; said to the sender unless it has been told often enough."""
+        self.counts["refused"] += 1
+        if not self._has_turn(identity):
+            return None
+        self._logged += 1
+        if self._logged <= MAX_ANSWERS_PER_S:
+            log.warning("refused: %a", reason[:500])
+        return m.Refused(reason=reason[:1000], of=of)
+
+    def _has_turn(self, identity: bytes) -> bool:
+        """Whether this connection may cost the hub another answer in this second."""
+        if self._answered[identity] >= MAX_ANSWERS_PER_S:
+            self.counts["muted"] += 1
+            return False
+        self._answered[identity] += 1
+        return True
+
+    def _hello(self, identity: bytes, hello: m.Hello, now: float) -> m.Message | None:
+        """A welcome; the role is taken by the beat that answers it, which no replayed hello brings."""
+        if not self._has_turn(identity):
+            return None
+        refused = self.coordinator.roster.refusal(hello, now)
+        if refused is not None:
+            refused.of = "hello"
+            self.counts["refused"] += 1
+            return refused
+        peers = self.coordinator.roster.peers.values()
+        known = next((peer.id for peer in peers if peer.process == hello.process), None)
+        token = known or secrets.token_hex(16)
+        self._hellos[identity] = token, hello
+        if len(self._hellos) > MAX_HELLOS:
+            self._hellos.popitem(last=False)
+        return m.Welcome(peer=token, hub=self.token, beat_s=BEAT_S)
+
+    def _beat(self, identity: bytes, beat: m.Beat, now: float) -> m.Message | None:
+        peers = self.coordinator.roster.peers
+        waiting = self._hellos.get(identity)
+        if waiting is not None and waiting[0] == beat.peer:
+            del self._hellos[identity]
+            admitted = self.coordinator.roster.admit(waiting[1], beat.peer, now)
+            if isinstance(admitted, m.Refused):
+                admitted.of = "hello"
+                return admitted
+            self._identities[beat.peer] = identity
+            self._joined = True
+            log.info("joined: %s", admitted)
+            self.coordinator.joined(admitted, now)
+        peer = peers.get(beat.peer)
+        if peer is None:
+            return self._unknown(identity, beat.peer)
+        peer.heard = now
+        peer.state, peer.version = beat.state, beat.version
+        return m.Alive(peer=beat.peer, hub=self.token, known=True)
+
+    def _unknown(self, identity: bytes, peer: str) -> m.Alive | None:
+        self.counts["unknown"] += 1
+        return m.Alive(peer=peer, hub=self.token, known=False) if self._has_turn(identity) else None
+
+    def _from_member(self, identity: bytes, message: Any, now: float) -> m.Message | None:
         coordinator = self.coordinator
-        peers = coordinator.roster.peers
+        if isinstance(message, m.Piece) and not message.peer:
+            return self._client_piece(identity, message, now)
+        if self._identities.get(message.peer) != identity:
+            return self._unknown(identity, message.peer)
+        peer = coordinator.roster.peers[message.peer]
+        peer.heard = now
         match message:
-            case m.Hello():
-                return self._hello(identity, message, now)
-            case m.Beat():
-                if message.peer in peers:
-                    peers[message.peer].heard = now
-                return m.Alive(known=message.peer in peers)
-            case (
-                m.Leave() | m.Enter() | m.Facts() | m.Ready() | m.Refuse()
-                | m.Done() | m.Sums() | m.Clues() | m.Probed()
-            ):  # fmt: skip
-                if self._identities.get(message.peer) != identity:
-                    raise ProtocolError(f"{type(message).__name__}: peer {message.peer!r} is not known here")
-                peers[message.peer].heard = now
-                if isinstance(message, m.Leave):
-                    self._leave(peers[message.peer], message.role, now)
-                elif isinstance(message, m.Enter):
+            case m.Piece():
+                return self._piece(identity, message, now)
+            case m.Leave():
+                self._leave(peer, message.role, now)
+            case m.Enter() | m.Poll():
+                if (trainer := peer.trainer) is None:
+                    raise ProtocolError(f"{type(message).__name__}: expected a trainer rank, got {peer}")
+                if isinstance(message, m.Enter):
                     coordinator.enter(message, now)
-                elif not coordinator.answer(message, now):
-                    log.info("late: %s for update %d", type(message).__name__, message.update)
-                return None
-            case m.AskTask():
-                coordinator.tasks.ask(identity, message, now)
-                coordinator.advance(now)
-                return None
-            case m.AskReplicas():
-                return coordinator.tasks.replicas(message.id, coordinator.round is not None)
+                    return None
+                size = trainer.size if len(coordinator.roster.trainers()) == trainer.size else 0
+                number, committed = message.number, coordinator.committed
+                coordinator.requests.poll(identity, trainer.rank, number, size, committed)
             case _:
-                return self._rendezvous(message)
+                if not coordinator.answer(message, now):
+                    self.counts["late"] += 1
+        return None
 
-    def _hello(self, identity: bytes, hello: m.Hello, now: float) -> m.Message:
-        token = next((p for p, i in self._identities.items() if i == identity), secrets.token_hex(8))
-        admitted = self.coordinator.roster.admit(hello, token, now)
-        if isinstance(admitted, m.Refused):
-            return admitted
-        if admitted.id != token:
-            return m.Refused(reason=f"{admitted} has joined over another connection")
-        self._identities[token] = identity
-        self._joined = True
-        log.info("joined: %s", admitted)
-        self.coordinator.advance(now)
-        return m.Welcome(peer=token, beat_s=BEAT_S)
+    def _piece(self, identity: bytes, piece: m.Piece, now: float) -> m.Message | None:
+        """Of a message that is longer than a frame; from a member, and one at a time."""
+        whole = self._pieces.setdefault(piece.peer, bytearray())
+        if len(whole) + len(piece.blob) > m.MAX_MESSAGE_BYTES:
+            del self._pieces[piece.peer]
+            raise ProtocolError(f"piece: expected at most {m.MAX_MESSAGE_BYTES} bytes in one message")
+        whole += piece.blob
+        if not piece.last:
+            return None
+        del self._pieces[piece.peer]
+        message = wire.decode_to_hub([wire.HEADER, bytes(whole)])
+        if isinstance(message, m.Piece):
+            raise ProtocolError("piece: expected a message in pieces, got a piece")
+        return self._handlers[type(message)](identity, message, now)
+
+    def _client_piece(self, identity: bytes, piece: m.Piece, now: float) -> m.Message | None:
+        """Of a request that carries tensors. All that are not whole yet share the room of one."""
+        whole, _ = self._asked.pop(identity, (bytearray(), now))
+        room = m.MAX_PAYLOAD_BYTES - sum(len(other) for other, _ in self._asked.values())
+        if len(whole) + len(piece.blob) > room:
+            raise ProtocolError(f"piece: expected at most {room} bytes in one request just now")
+        whole += piece.blob
+        if not piece.last:
+            self._asked[identity] = whole, now
+            return None
+        message = wire.decode_to_hub([wire.HEADER, bytes(whole)])
+        if not isinstance(message, m.AskTask):
+            raise ProtocolError(f"piece: expected a request with tensors, got {type(message).__name__}")
+        return self._ask_task(identity, message, now)
 
     def _leave(self, peer: Peer, role: str, now: float) -> None:
         if len(peer.roles) > 1 and role in peer.roles:
@@ -203,59 +362,107 @@ class Hub:
 
     def _drop(self, peer: Peer, reason: str, now: float) -> None:
         log.info("%s: %s", peer, reason)
+        self.counts["dropped"] += reason != "left"
         del self.coordinator.roster.peers[peer.id]
         self._identities.pop(peer.id, None)
+        self._pieces.pop(peer.id, None)
         self.coordinator.lost(peer, reason, now)
 
-    def _rendezvous(self, message: m.ToHub) -> m.StoreValue:
-        """Keys of the process group; those of an older epoch are of no use to anyone."""
-        if self._store_epoch != self.coordinator.epoch:
-            self._store_epoch = self.coordinator.epoch
-            current = f"{self._store_epoch}/"
-            self._store = {key: value for key, value in self._store.items() if key.startswith(current)}
-        match message:
-            case m.StoreGet():
-                return m.StoreValue(value=self._store.get(message.key))
-            case m.StoreCheck():
-                return m.StoreValue(number=int(all(key in self._store for key in message.keys)))
-            case m.StoreDelete():
-                return m.StoreValue(number=int(self._store.pop(message.key, None) is not None))
-            case m.StoreCount():
-                return m.StoreValue(number=len(self._store))
-            case m.StoreSet() | m.StoreAdd():
-                if message.key not in self._store and len(self._store) >= MAX_STORE_KEYS:
-                    raise ProtocolError(f"store: expected at most {MAX_STORE_KEYS} keys")
-                if isinstance(message, m.StoreSet):
-                    self._store[message.key] = message.value
-                    return m.StoreValue()
-                return m.StoreValue(number=self._add(message.key, message.amount))
-        raise ProtocolError(f"{type(message).__name__}: not for the store")
+    def _store(self, identity: bytes, call: m.StoreCall, now: float) -> m.Message | None:
+        if call.peer not in self.coordinator.roster.peers:
+            return self._unknown(identity, call.peer)
+        return self._rendezvous.call(call, self.coordinator.epoch)
 
-    def _add(self, key: str, amount: int) -> int:
-        """As torch's stores count: the value is a decimal number in text."""
+    # -- requests from outside ---------------------------------------------------------------------
+
+    def _ask_task(self, identity: bytes, ask: m.AskTask, now: float) -> m.Message | None:
+        if not self._has_turn(identity):
+            return None
+        self.coordinator.tasks.ask(identity, ask, now)
+        self.coordinator.advance(now)
+        return None
+
+    def _ask_replicas(self, identity: bytes, ask: m.AskReplicas, now: float) -> m.Message | None:
+        if not self._has_turn(identity):
+            return None
+        return self.coordinator.tasks.replicas(ask.id, self.coordinator.round is not None)
+
+    def _status(self, identity: bytes, ask: a.AskStatus, now: float) -> m.Message | None:
+        if not self._has_turn(identity):
+            return None
+        counts = dict(self.counts) | {"not_allowed": self._door.refused if self._door else 0}
+        return status_of(self.coordinator, ask, self.token, now - self._started, counts, now)
+
+    def _request(self, identity: bytes, ask: a.AskUpdate | a.AskCheck | a.AskVersion, now: float) -> m.Message:
+        return self._stranger(ask) or self.coordinator.requests.add(identity, ask, now)
+
+    def _pause(self, identity: bytes, ask: a.AskPause, now: float) -> m.Message:
+        if (refused := self._stranger(ask)) is not None:
+            return refused
+        self.coordinator.paused_until = now + ask.for_s
+        return a.Answer(id=ask.id, ok=True, reason=f"updates are held back for {ask.for_s:.0f} s")
+
+    def _resume(self, identity: bytes, ask: a.AskResume, now: float) -> m.Message:
+        if (refused := self._stranger(ask)) is not None:
+            return refused
+        self.coordinator.paused_until = 0.0
+        self.coordinator.advance(now)
+        return a.Answer(id=ask.id, ok=True, reason="updates go on")
+
+    def _stranger(self, ask: a.Command) -> a.Answer | None:
+        """What was recorded, at this hub's predecessor or elsewhere, is not done here."""
+        if ask.hub == self.token:
+            return None
+        self.counts["refused"] += 1
+        return a.Answer(id=ask.id, ok=False, verdict="failed", reason="hub: expected this hub's token")
+
+    # -- what goes out -----------------------------------------------------------------------------
+
+    def _flush(self, now: float) -> None:
+        """Send what the coordinator has decided. Who does not read is dropped, which decides anew."""
+        coordinator = self.coordinator
+        while True:
+            if coordinator.outbox:
+                outbox = coordinator.outbox[:]
+                coordinator.outbox.clear()
+                last: m.Message | None = None
+                frames: list[Any] = []
+                for peer, message in outbox:
+                    if message is not last:
+                        last, frames = message, _shared(wire.encode(message))
+                    if peer in self._identities and not self._send(self._identities[peer], frames):
+                        self._slow.add(peer)
+            if coordinator.requests.outbox:
+                answers, coordinator.requests.outbox = coordinator.requests.outbox, []
+                for client, answer in answers:
+                    self._send(client, wire.encode(answer))
+            if coordinator.tasks.replies:
+                replies = coordinator.tasks.replies[:]
+                coordinator.tasks.replies.clear()
+                for client, reply in replies:
+                    self._send(client, wire.encode(reply))
+            if not self._slow:
+                return
+            slow = coordinator.roster.peers.get(self._slow.pop())
+            if slow is not None:
+                self.counts["slow"] += 1
+                self._drop(slow, f"reads too slowly: {MAX_UNREAD} messages unread", now)
+
+    def _send(self, identity: bytes, frames: list[Any]) -> bool:
+        """False if the connection has too much unread. One that is gone is left to its heartbeats."""
         try:
-            total = int(self._store.get(key, b"0")) + amount
-        except ValueError as error:
-            raise ProtocolError(f"store: {key} holds no number") from error
-        self._store[key] = str(total).encode()
-        return total
+            plain = all(isinstance(frame, bytes) for frame in frames)
+            self._socket.send_multipart([identity, *frames], zmq.NOBLOCK, copy=plain)
+        except zmq.Again:
+            self.counts["unread"] += 1
+            return False
+        except zmq.ZMQError:
+            self.counts["unsent"] += 1
+        return True
 
-    def _flush(self) -> None:
-        outbox = self.coordinator.outbox
-        while outbox:
-            peer, message = outbox.pop(0)
-            if peer in self._identities:
-                self._send(self._identities[peer], message)
-        replies = self.coordinator.tasks.replies
-        while replies:
-            self._send(*replies.pop(0))
 
-    def _send(self, identity: bytes, message: m.Message) -> None:
-        try:
-            self._socket.send_multipart([identity, *m.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            # Its heartbeats decide whether it is dead.
-            log.warning("could not send %s: %s", type(message).__name__, error)
+def _shared(frames: list[bytes]) -> list[Any]:
+    return [frame if len(frame) < SHARED_BYTES else zmq.Frame(frame) for frame in frames]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -265,12 +472,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dead-after", type=float, default=DEAD_AFTER_S, metavar="SECONDS", help="drop a silent peer after"
     )
+    parser.add_argument("--keys", metavar="DIR", help="CURVE keys (weightbus keygen); else WEIGHTBUS_KEYS")
+    parser.add_argument("--insecure", action="store_true", help="listen on any address without keys")
     options = parser.parse_args(arguments)
     # A hub that a trainer started has nobody who reads along.
     level = logging.ERROR if options.ephemeral else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     try:
-        hub = Hub(options.address, ephemeral=options.ephemeral, dead_after_s=options.dead_after)
+        keys = load_keys(options.keys, insecure=options.insecure)
+        hub = Hub(options.address, ephemeral=options.ephemeral, dead_after_s=options.dead_after, keys=keys)
     except HubError as error:
         log.error("%s", error)
         return 1

@@ -2,90 +2,82 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import secrets
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 
 from weightbus import messages as m
+from weightbus import wire
 from weightbus.errors import HubError, ProtocolError
-from weightbus.hub import DEAD_AFTER_S, check_loopback, host_and_port
+from weightbus.hub import DEAD_AFTER_S
+from weightbus.keys import Keys
+from weightbus.start import ensure_hub
 
-
-def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S) -> None:
-    """Start a hub at ``address``, in a process of its own, unless something listens there.
-
-    Returns once it listens. The hub leaves with its last peer. Called by trainer rank 0.
-    Raises HubError with the hub's own words if it ends at once.
-    """
-    check_loopback(address)
-    if listens(address):
-        return
-    command = [sys.executable, "-m", "weightbus.hub", "--address", address, "--ephemeral"]
-    with tempfile.TemporaryFile() as words:
-        # A session of its own: a signal to the trainer's process group must not end the hub before
-        # the server ranks have heard of the trainer's end.
-        hub = subprocess.Popen(
-            [*command, "--dead-after", str(dead_after_s)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=words,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + START_HUB_S
-        while not listens(address):
-            if hub.poll() is not None:
-                words.seek(0)
-                said = words.read().decode(errors="replace").strip()
-                raise HubError(f"no hub could be started at {address}: {said}")
-            if time.monotonic() > deadline:
-                hub.kill()
-                raise HubError(f"the hub started at {address} did not listen within {START_HUB_S:.0f} s")
-            time.sleep(0.02)
-
-
-def listens(address: str) -> bool:
-    try:
-        socket.create_connection(host_and_port(address), timeout=2.0).close()
-    except OSError:
-        return False
-    return True
-
-
-START_HUB_S = 30.0
+log = logging.getLogger("weightbus")
 
 # A hello may have gone to a hub that was just leaving.
 HELLO_AGAIN_S = 3.0
+
+# Trainer rank 0 starts a hub in place of one that has been silent for so long and does not listen.
+REPLACE_AFTER_S = 1.5
+
+# A hub that takes no further piece of a long message for so long is not there.
+PIECE_S = 10.0
+
+# A rank tries for so long to find the hub again before a call fails with HubError.
+REJOIN_S = 60.0
+
+
+class NotSent(HubError):
+    """Nothing could be sent just now: there is no connection, as when keys do not match."""
+
+
+class HubLost(HubError):
+    """The hub has gone, was replaced, or has dropped this rank; ``rejoin`` may bring it back."""
 
 
 class Connection:
     """One DEALER socket to the hub. For one thread at a time."""
 
-    def __init__(self, context: zmq.Context[Any], address: str) -> None:
+    def __init__(self, context: zmq.Context[Any], address: str, keys: Keys, identity: bytes = b"") -> None:
         self.address = address
         self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        self._socket.setsockopt(zmq.IPV6, 1)
+        for option, value in (
+            (zmq.LINGER, 500),
+            (zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES),
+            (zmq.RECONNECT_IVL, 20),
+            (zmq.RECONNECT_IVL_MAX, 500),
+            (zmq.HEARTBEAT_IVL, 2000),
+            (zmq.HEARTBEAT_TIMEOUT, 10000),
+            (zmq.IPV6, 1),
+        ):
+            self._socket.setsockopt(option, value)
+        if identity:
+            self._socket.setsockopt(zmq.ROUTING_ID, identity)
+        keys.protect_client(self._socket)
         self._socket.connect(address)
 
-    def send(self, message: m.Message) -> None:
+    def send(self, message: m.Message, peer: str = "") -> None:
+        """peer: this rank's; long messages go in pieces, of which the hub takes some at a time."""
         try:
-            self._socket.send_multipart(m.encode(message), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            raise HubError(f"could not send {type(message).__name__} to {self.address}: {error}") from error
+            for number, frames in enumerate(wire.encode_to_hub(message, peer)):
+                if number:
+                    self._socket.poll(round(PIECE_S * 1000), zmq.POLLOUT)
+                self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise NotSent(f"could not send {type(message).__name__} to {self.address}") from error
 
-    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> m.FromHub | None:
+    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> wire.FromHub | None:
         """The next message, or None after ``timeout_s``. Raises ProtocolError.
 
         spin_s: how long to look again and again before waiting, which is woken up late.
@@ -96,26 +88,50 @@ class Connection:
                 pass
         if not self._socket.poll(max(0, round(timeout_s * 1000))):
             return None
-        return m.decode_from_hub(self._socket.recv_multipart())
+        return wire.decode_from_hub(self._socket.recv_multipart())
 
     def close(self) -> None:
         self._socket.close()
 
 
 class Link:
-    """One process's membership of the hub at ``address``."""
+    """One process's membership of the hub at ``address``.
 
-    def __init__(self, address: str) -> None:
-        check_loopback(address)
+    held: what this process knows of an earlier hub, for the hello. state: its server rank's state and
+    version, for the beats; called from the beats' thread.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: Keys | None = None,
+        *,
+        held: Callable[[], m.Held] = m.Held,
+        state: Callable[[], tuple[m.State, int | None]] = lambda: ("", None),
+    ) -> None:
+        self.keys = keys or Keys()
+        self.keys.check(address)
         self.address = address
         self.peer = ""
         self.process = uuid.uuid4().hex
         self.context: zmq.Context[Any] = zmq.Context()
-        self._connection = Connection(self.context, address)
-        self._inbox: deque[m.FromHub] = deque()
+        # Its own name for the connection: the hub knows it again when the network has cut it.
+        self._connection = Connection(self.context, address, self.keys, secrets.token_bytes(16))
+        self._held, self._state = held, state
+        self._hellos: dict[str, m.Hello] = {}
+        self._inbox: deque[wire.FromHub] = deque()
+        self._hub = ""
+        self._heard = time.monotonic()
         self._lost = ""
+        self._start_hub_dead_after_s: float | None = None
         self._stop = threading.Event()
         self._beats: threading.Thread | None = None
+
+    def connect(self) -> Connection:
+        """A further connection, for another thread."""
+        return Connection(self.context, self.address, self.keys)
+
+    # -- joining -----------------------------------------------------------------------------------
 
     def join(
         self,
@@ -134,7 +150,7 @@ class Link:
         """
         hello = m.Hello(
             process=self.process,
-            host=socket.gethostname(),
+            host=re.sub(r"[^\w.-]", "_", socket.gethostname())[:255],
             pid=os.getpid(),
             device=device,  # type: ignore[arg-type]
             role=role,
@@ -142,19 +158,67 @@ class Link:
             size=size,
             replica=replica,
         )
+        if start_hub_dead_after_s is not None:
+            self._start_hub_dead_after_s = start_hub_dead_after_s
+        beat_s = self._take(hello, time.monotonic() + timeout_s, self._start_hub_dead_after_s)
+        if beat_s is None:
+            doubt = ", or keys do not match" if self.keys.client else ""
+            raise HubError(f"no hub answered at {self.address} for {timeout_s:.0f} s{doubt}")
+        self._hellos[role] = hello
+        if self._beats is None:
+            self._heard = time.monotonic()
+            self._beats = threading.Thread(
+                target=self._beat, args=(beat_s,), name="weightbus-beat", daemon=True
+            )
+            self._beats.start()
+
+    def rejoin(self, timeout_s: float) -> bool:
+        """Take the roles again where the hub was lost; whether this rank is a member (again).
+
+        Raises HubError if the hub refuses.
+        """
+        if not self._lost:
+            return True
         deadline = time.monotonic() + timeout_s
+        while time.monotonic() - self._heard > 2.0:  # the beats look for the hub; no use in shouting, too
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        self._inbox.clear()
+        for hello in self._hellos.values():
+            hello.held = self._held()
+            if self._take(hello, max(deadline, time.monotonic() + 1.0), None) is None:
+                return False
+        self._lost = ""
+        log.info("joined the hub at %s again", self.address)
+        return True
+
+    def _take(self, hello: m.Hello, deadline: float, start_hub_dead_after_s: float | None) -> float | None:
+        """From hello to membership; seconds between beats, or None if no hub answered in time."""
         first = 0.0
         while True:
             if start_hub_dead_after_s is not None:
-                ensure_hub(self.address, dead_after_s=start_hub_dead_after_s)
-            self._connection.send(hello)
-            answer = self._await_answer(min(deadline, time.monotonic() + HELLO_AGAIN_S))
+                ensure_hub(self.address, dead_after_s=start_hub_dead_after_s, keys=self.keys)
+            limit = min(deadline, time.monotonic() + HELLO_AGAIN_S)
+            answer: m.Welcome | m.Alive | m.Refused | None = None
+            try:
+                self._connection.send(hello)
+                answer = self._await_answer(limit)
+            except NotSent:
+                time.sleep(0.1)
             if isinstance(answer, m.Welcome):
-                break
+                welcome = answer
+                # Who answers the welcome has heard it: only then is the role taken.
+                state, version = self._state()
+                self._connection.send(m.Beat(peer=welcome.peer, state=state, version=version))
+                answer = self._await_answer(limit, welcome.peer)
+                if isinstance(answer, m.Alive) and answer.known:
+                    self.peer, self._hub = welcome.peer, welcome.hub
+                    return welcome.beat_s
             now = time.monotonic()
-            if answer is None:
+            if not isinstance(answer, m.Refused):
                 if now > deadline:
-                    raise HubError(f"no hub answered at {self.address} for {timeout_s:.0f} s")
+                    return None
                 continue
             first = first or now
             # The place may be held by a process that has died, which the hub learns only with time;
@@ -163,51 +227,68 @@ class Link:
             if alive or now + 0.5 > deadline:
                 raise HubError(f"the hub at {self.address} refused: {answer.reason}")
             time.sleep(0.5)
-        self.peer = answer.peer
-        if self._beats is None:
-            self._beats = threading.Thread(
-                target=self._beat, args=(answer.beat_s,), name="weightbus-beat", daemon=True
-            )
-            self._beats.start()
 
-    def _await_answer(self, deadline: float) -> m.Welcome | m.Refused | None:
+    def _await_answer(self, deadline: float, peer: str = "") -> m.Welcome | m.Alive | m.Refused | None:
+        """The answer to a hello, or, given ``peer``, to its first beat."""
         while True:
             answer = self._connection.receive(min(0.5, max(0.0, deadline - time.monotonic())))
-            if isinstance(answer, m.Welcome | m.Refused):
+            if isinstance(answer, m.Welcome) and not peer:
                 return answer
-            if answer is not None:
-                self._inbox.append(answer)
-            elif time.monotonic() > deadline:
+            if isinstance(answer, m.Alive) and peer and answer.peer == peer:
+                return answer
+            # Refusals of anything else are of messages to an earlier hub.
+            if isinstance(answer, m.Refused) and answer.of in ("hello", ""):
+                return answer
+            if answer is None and time.monotonic() > deadline:
                 return None
+            if answer is not None and not isinstance(answer, m.Welcome | m.Alive | m.Refused):
+                self._inbox.append(answer)
+
+    # -- messages ----------------------------------------------------------------------------------
 
     def send(self, message: m.Message) -> None:
-        self._connection.send(message)
+        self._connection.send(message, self.peer)
 
-    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> m.FromHub | None:
-        """The next message, or None after ``timeout_s``. Raises HubError once the hub is lost."""
+    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> wire.FromHub | None:
+        """The next message, or None after ``timeout_s``. Raises HubLost until ``rejoin`` succeeds."""
         if self._inbox:
             return self._inbox.popleft()
         deadline = time.monotonic() + timeout_s
         while True:
+            if self._lost:
+                raise HubLost(self._lost)
             left = deadline - time.monotonic()
             answer = self._connection.receive(min(0.5, max(0.0, left)), spin_s=spin_s)
             spin_s = 0.0
             if isinstance(answer, m.Refused):
                 raise ProtocolError(f"the hub at {self.address} refused a message: {answer.reason}")
+            if isinstance(answer, m.Alive):
+                if not answer.known and answer.peer == self.peer:
+                    self._lost = f"the hub at {self.address} does not know this rank"
+                continue
             if isinstance(answer, m.Welcome):
                 continue  # to a hello that was said again
             if answer is not None:
                 return answer
-            if self._lost:
-                raise HubError(self._lost)
             if left <= 0:
                 return None
 
-    def push_back(self, message: m.FromHub) -> None:
+    def push_back(self, message: wire.FromHub) -> None:
         """The next ``receive`` returns ``message``."""
         self._inbox.appendleft(message)
 
+    @property
+    def lost(self) -> str:
+        """Why this rank is no member just now; empty if it is one."""
+        return self._lost
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the hub was last heard."""
+        return time.monotonic() - self._heard
+
     def leave(self, role: m.Role) -> None:
+        self._hellos.pop(role, None)
         if self.peer and not self._lost:
             self._connection.send(m.Leave(peer=self.peer, role=role))
 
@@ -218,25 +299,35 @@ class Link:
         self._connection.close()
         self.context.term()
 
+    # -- beats -------------------------------------------------------------------------------------
+
     def _beat(self, beat_s: float) -> None:
         """Heartbeats, from a thread: a rank that is busy is not dead."""
-        connection = Connection(self.context, self.address)
-        heard = time.monotonic()
+        connection = self.connect()
         try:
             while not self._stop.is_set():
-                connection.send(m.Beat(peer=self.peer))
-                answer = connection.receive(beat_s)
-                now = time.monotonic()
-                if isinstance(answer, m.Alive):
-                    heard = now
-                    if not answer.known:
-                        self._lost = f"the hub at {self.address} has dropped this rank"
-                        return
-                elif now - heard > DEAD_AFTER_S:
-                    self._lost = f"the hub at {self.address} has not answered for {now - heard:.1f} s"
-                    return
+                try:
+                    self._one_beat(connection, beat_s)
+                except (HubError, ProtocolError) as error:
+                    log.warning("%s", error)
                 self._stop.wait(beat_s)
-        except (HubError, ProtocolError) as error:
-            self._lost = str(error)
         finally:
             connection.close()
+
+    def _one_beat(self, connection: Connection, beat_s: float) -> None:
+        state, version = self._state()
+        connection.send(m.Beat(peer=self.peer, state=state, version=version))
+        answer = connection.receive(beat_s)
+        now = time.monotonic()
+        if isinstance(answer, m.Alive):
+            self._heard = now
+            # Not so if meanwhile this rank has joined again, as another peer.
+            if not answer.known and answer.peer == self.peer:
+                what = "has dropped this rank" if answer.hub == self._hub else "is a new one"
+                self._lost = self._lost or f"the hub at {self.address} {what}"
+            return
+        silent = now - self._heard
+        if silent > REPLACE_AFTER_S and self._start_hub_dead_after_s is not None and "trainer" in self._hellos:
+            ensure_hub(self.address, dead_after_s=self._start_hub_dead_after_s, keys=self.keys)
+        if silent > DEAD_AFTER_S:
+            self._lost = self._lost or f"the hub at {self.address} has not answered for {silent:.1f} s"

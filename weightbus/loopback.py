@@ -15,6 +15,7 @@ from typing import Any
 from weightbus import messages as m
 from weightbus.errors import HubError, ProtocolError
 from weightbus.protocol import Coordinator
+from weightbus.wire import FromHub
 
 PREFIX = "inproc://"
 
@@ -31,7 +32,7 @@ class Loopback:
         self.process = secrets.token_hex(16)
         self.context: Any = None
         self._coordinator = Coordinator(dead_after_s=_FOREVER_S)
-        self._inbox: deque[m.FromHub] = deque()
+        self._inbox: deque[FromHub] = deque()
 
     def join(
         self,
@@ -69,7 +70,7 @@ class Loopback:
             case _:
                 raise ProtocolError(f"{type(message).__name__}: not for a process by itself")
 
-    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> m.FromHub | None:
+    def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> FromHub | None:
         """The next message. None, at once, where none can come any more."""
         self._take()
         if not self._inbox and timeout_s:
@@ -86,8 +87,15 @@ class Loopback:
             self._inbox.append(message)  # type: ignore[arg-type]
         self._coordinator.outbox.clear()
 
-    def push_back(self, message: m.FromHub) -> None:
+    def push_back(self, message: FromHub) -> None:
         self._inbox.appendleft(message)
+
+    # Its hub can't be lost.
+    lost = ""
+    silent_s = 0.0
+
+    def rejoin(self, timeout_s: float) -> bool:
+        return True
 
     def leave(self, role: m.Role) -> None:
         for peer in self._coordinator.roster.peers.values():

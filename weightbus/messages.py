@@ -1,29 +1,29 @@
-"""The control channel's messages: typed, bounded, and refused with the field's path if malformed.
+"""The control channel's messages between ranks and hub, typed and bounded (docs/protocol.md).
 
-On the wire: two frames, ``HEADER`` and one msgpack map whose ``type`` names the class; and, of a message that
-carries tensors, one raw frame for each entry of its ``frames``. Nothing is ever unpickled.
+``asks`` has those of clients, ``wire`` puts both into frames.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from weightbus.errors import ProtocolError
-
-# The first frame of every message. A peer of another protocol version is told both.
-HEADER = b"weightbus/1"
-
 # Facts of a large model are the longest message: 100,000 tensors of 16 shards take about 200 MB.
 MAX_MESSAGE_BYTES = 256 << 20
+
+# A message to the hub that is longer than this travels in pieces, which only members may send: no
+# stranger can make the hub hold more than a frame of this size and a little.
+PIECE_BYTES = 256 << 10
+MAX_FRAME_BYTES = PIECE_BYTES + 1024
 
 Residue = Annotated[int, Meta(ge=0, lt=1 << 61)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
 Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 Name = Annotated[str, Meta(max_length=1024)]
+Host = Annotated[str, Meta(pattern=r"^[\w.-]{0,255}$")]
 Token = Annotated[str, Meta(max_length=64)]
 Reason = Annotated[str, Meta(max_length=64 << 10)]
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
@@ -32,12 +32,13 @@ Blob = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
 Pair = tuple[Residue, Residue]
 Axes = Annotated[list[Count], Meta(max_length=64)]
 
-# All raw frames of one message; each of them is bounded by MAX_MESSAGE_BYTES.
+# All tensors of one request together; each of them is bounded by MAX_MESSAGE_BYTES.
 MAX_PAYLOAD_BYTES = 1 << 30
-Kind = Literal["update", "check"]
+Kind = Literal["update", "check", "label"]
 FactsOf = Literal["sources", "wants", "prepare", "write"]
 Word = Literal["verified", "arrived", "unverified", "mismatch", "failed"]
 Role = Literal["trainer", "server"]
+State = Literal["", "empty", "ready", "updating", "torn"]
 
 # What a wrong tensor turned out to be (docs/checks.md); empty where nothing is known of it.
 Damage = Literal[
@@ -66,39 +67,81 @@ class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 # -- joining ---------------------------------------------------------------------------------------
 
 
+class Held(Record):
+    """What a rank brings from an earlier hub, so that a new one takes up where that was lost.
+
+    epoch: the last one it was in, as ``place`` of ``members``. group: that epoch's token, while its process
+    group lives. plans: kept under it. version: last committed here. sealed, verdict: seed and verdict of the
+    last update that was committed here. unheard: seed of an update that this rank has run, and of which it
+    has not heard the outcome.
+    """
+
+    epoch: Count = 0
+    place: Count = 0
+    members: Count = 0
+    group: Token = ""
+    plans: Annotated[list[Token], Meta(max_length=1024)] = []
+    version: Count | None = None
+    sealed: Seed | None = None
+    verdict: Word = "unverified"
+    unheard: Seed | None = None
+
+
 class Hello(Message, tag="hello"):
-    """A process takes a role. The same process may take both, each with its own hello."""
+    """A process asks for a role; it has it once it has answered the welcome with a beat.
+
+    The same process may take both roles, each with its own hello.
+    """
 
     process: Token
-    host: Name
+    host: Host
     pid: Count
     device: Literal["cpu", "cuda"]
     role: Role
     rank: Rank
     size: Size
     replica: Rank = 0
+    held: Held | None = None
 
 
 class Welcome(Message, tag="welcome"):
+    """``peer``: drawn by the hub at random; every later message of this rank carries it."""
+
     peer: Token
+    hub: Token
     beat_s: Seconds
 
 
 class Refused(Message, tag="refused"):
-    """``silent_s``: the place is taken by a rank that was last heard so long ago."""
+    """``silent_s``: the place is taken by a rank that was last heard so long ago. of: the refused type."""
 
     reason: Reason
     silent_s: Seconds | None = None
+    of: Name = ""
 
 
 class Beat(Message, tag="beat"):
+    """Sent once over the rank's own connection, which takes the role, then again and again over another."""
+
     peer: Token
+    state: State = ""
+    version: Count | None = None
 
 
 class Alive(Message, tag="alive"):
-    """Answer to a beat; ``known`` is false where the hub has dropped the peer."""
+    """Answer to a beat, or to a message of a peer that the hub does not know (any more)."""
 
+    peer: Token
+    hub: Token
     known: bool
+
+
+class Piece(Message, tag="piece"):
+    """Part of a message to the hub that is too long for one frame; the last one completes it."""
+
+    peer: Token
+    blob: Annotated[bytes, Meta(max_length=PIECE_BYTES)]
+    last: bool
 
 
 class Leave(Message, tag="leave"):
@@ -126,7 +169,8 @@ class Enter(Message, tag="enter"):
     """A trainer rank calls ``update`` or ``check``. All of them must say the same, ``facts`` apart.
 
     facts: id of this rank's facts. settings: everything else that a plan depends on.
-    jobs: for a check, what was committed. refusal: why this rank can't take part.
+    jobs: for a check, what was committed. refusal: why this rank can't take part. task: the request that
+    this answers, if any.
     """
 
     peer: Token
@@ -142,6 +186,7 @@ class Enter(Message, tag="enter"):
     transfer_s: Seconds
     jobs: list[Job] = []
     refusal: Reason = ""
+    task: Token = ""
 
 
 class ServerId(Record, order=True):
@@ -165,10 +210,14 @@ class Member(Record):
 
 
 class Offer(Message, tag="offer"):
-    """The start for every member. ``planned``: all members have the plan of this name."""
+    """The start for every member. ``planned``: all members have the plan of this name.
+
+    group: the epoch's token. members: empty where all were told in this epoch.
+    """
 
     update: Count
     epoch: Count
+    group: Token
     kind: Kind
     version: Count
     modules: list[Name] | None
@@ -263,13 +312,15 @@ class Done(Message, tag="done"):
     """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``.
 
     arrived: tensors of which only the arrival was digested, and why. wrong: what the rank itself finds
-    wrong. Of a check also: hidden, sums of this rank's parameters of which no wire tensor's digest tells
-    all, to be compared between replicas; exempt, names that are declared not to be fed in full, and as what.
-    version, verdict: of a load, what the rank holds now, and how far that is proved.
+    wrong. nbytes: of the plan. starts, stages: seconds from the offer to the start of each stage on this
+    rank, and of work in it. Of a check also: hidden, sums of this rank's parameters of which no wire tensor's
+    digest tells all, to be compared between replicas; exempt, names that are declared not to be fed in full,
+    and as what. version, verdict: of a load, what the rank holds now, and how far that is proved.
     """
 
     peer: Token
     update: Count
+    nbytes: Count = 0
     sent: list[Fold] = []
     live: list[Fold] = []
     arrived: dict[Name, Reason] = {}
@@ -277,6 +328,7 @@ class Done(Message, tag="done"):
     hidden: list[TensorSums] = []
     exempt: dict[Name, Reason] = {}
     error: Reason = ""
+    starts: dict[Name, Seconds] = {}
     stages: dict[Name, Seconds] = {}
     version: Count | None = None
     verdict: Literal["verified", "arrived", "unverified"] = "unverified"
@@ -400,9 +452,20 @@ class Failure(Record):
         return f"{self.tensor}: {text}; {self.rank}" if self.tensor else f"{self.rank}: {text}"
 
 
+class Asked(Record):
+    """What a client has asked for and the trainer runs, as the ``task`` of its next ``Enter``."""
+
+    task: Token
+    kind: Kind
+    version: Count | None = None
+    modules: list[Name] | None = None
+    verify: bool = True
+
+
 class Outcome(Message, tag="outcome"):
     """The end for every member, decided once. ``moved``: bytes may have been written.
 
+    tasks: what trainer ranks run next, before their update returns.
     digest_s: the longest that a server rank took to digest, after its transfers or in a check.
     """
 
@@ -419,6 +482,19 @@ class Outcome(Message, tag="outcome"):
     trainers: Count = 0
     replicas: list[Rank] = []
     servers: Count = 0
+    tasks: list[Asked] = []
+
+
+class Poll(Message, tag="poll"):
+    """A trainer rank's ``poll``, counted by itself: all ranks get the same answer to the same number."""
+
+    peer: Token
+    number: Count
+
+
+class Polled(Message, tag="polled"):
+    number: Count
+    task: Asked | None = None
 
 
 # -- tasks: loads, saves and probes, outside updates ------------------------------------------------
@@ -535,92 +611,42 @@ class Replicas(Message, tag="replicas"):
 # -- rendezvous ------------------------------------------------------------------------------------
 
 
-class StoreSet(Message, tag="store_set"):
+class StoreCall(Message):
+    """Base: by a member, who counts its calls, so that a late answer is not taken for another's."""
+
+    peer: Token
+    call: Count
+
+
+class StoreSet(StoreCall, tag="store_set"):
     key: Name
     value: Annotated[bytes, Meta(max_length=1 << 20)]
 
 
-class StoreGet(Message, tag="store_get"):
+class StoreGet(StoreCall, tag="store_get"):
     key: Name
 
 
-class StoreAdd(Message, tag="store_add"):
+class StoreAdd(StoreCall, tag="store_add"):
     key: Name
     amount: Annotated[int, Meta(ge=-(1 << 62), lt=1 << 62)]
 
 
-class StoreCheck(Message, tag="store_check"):
+class StoreCheck(StoreCall, tag="store_check"):
     keys: list[Name]
 
 
-class StoreDelete(Message, tag="store_delete"):
+class StoreDelete(StoreCall, tag="store_delete"):
     key: Name
 
 
-class StoreCount(Message, tag="store_count"):
-    pass
+class StoreCount(StoreCall, tag="store_count"):
+    """How many keys there are."""
 
 
 class StoreValue(Message, tag="store_value"):
     """Answer to each of them: a value, a number, or whether all keys are there."""
 
+    call: Count
     value: bytes | None = None
     number: int = 0
-
-
-ToHub = (
-    Hello | Beat | Leave | Enter | Facts | Ready | Refuse | Done | Sums | Clues | Probed
-    | StoreSet | StoreGet | StoreAdd | StoreCheck | StoreDelete | StoreCount | AskTask | AskReplicas
-)  # fmt: skip
-FromHub = (
-    Welcome | Refused | Alive | Farewell | Offer | Gathered | Go | Detail | Suspects | Probe
-    | Outcome | StoreValue | TaskOffer | TaskEnd | Replicas
-)  # fmt: skip
-
-_Direction = TypeVar("_Direction", ToHub, FromHub)
-_encoder = msgspec.msgpack.Encoder()
-_to_hub: msgspec.msgpack.Decoder[ToHub] = msgspec.msgpack.Decoder(ToHub)
-_from_hub: msgspec.msgpack.Decoder[FromHub] = msgspec.msgpack.Decoder(FromHub)
-
-
-def encode(message: Message) -> list[bytes]:
-    if isinstance(message, AskTask | TaskOffer) and message.payloads:
-        bare = msgspec.structs.replace(message, payloads=[])
-        return [HEADER, _encoder.encode(bare), *message.payloads]
-    return [HEADER, _encoder.encode(message)]
-
-
-def _decode(frames: list[bytes], decoder: msgspec.msgpack.Decoder[_Direction], end: str) -> _Direction:
-    """Raises ProtocolError with the field's path."""
-    if not frames or frames[0] != HEADER:
-        got = frames[0][:32] if frames else b""
-        raise ProtocolError(f"expected protocol {HEADER.decode()}, got {got!r}; {end}")
-    if len(frames) < 2:
-        raise ProtocolError(f"expected 2 frames, got {len(frames)}; {end}")
-    try:
-        message = decoder.decode(frames[1])
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ProtocolError(f"{error}; {end}") from error
-    payloads = frames[2:]
-    announced = [frame.nbytes for frame in message.frames] if isinstance(message, AskTask | TaskOffer) else []
-    if announced != [len(payload) for payload in payloads]:
-        kind = type(message).__name__
-        raise ProtocolError(
-            f"{kind}: expected {len(announced)} raw frames of {sum(announced)} bytes, "
-            f"got {len(payloads)} of {sum(map(len, payloads))}; {end}"
-        )
-    if isinstance(message, AskTask | TaskOffer):
-        if message.payloads:
-            raise ProtocolError(f"{type(message).__name__}: expected payloads in raw frames only; {end}")
-        message.payloads = payloads
-    return message
-
-
-def decode_to_hub(frames: list[bytes]) -> ToHub:
-    """Raises ProtocolError with the field's path."""
-    return _decode(frames, _to_hub, "message to the hub")
-
-
-def decode_from_hub(frames: list[bytes]) -> FromHub:
-    """Raises ProtocolError with the field's path."""
-    return _decode(frames, _from_hub, "answer of the hub")

@@ -15,12 +15,15 @@ when all have, the step on the right starts the next phase.
     NARROW    those asked        Probed      ask for sums of smaller boxes, or end
 
 A refusal, a death or a deadline ends the round in any phase. Before RUN no byte has moved; after DETAIL the
-verdict stands, and such an end only leaves it less telling.
+verdict stands, and such an end only leaves it less telling. A check and a label, which says as what version
+the live weights count, go from ENTER straight to RUN.
 """
 
 from __future__ import annotations
 
 import secrets
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -28,7 +31,10 @@ from enum import Enum, auto
 import msgspec
 
 from weightbus import messages as m
+from weightbus.asks import Past
 from weightbus.judge import Inquiry, compare_folds
+from weightbus.rebuild import Rebuilt, past_of
+from weightbus.requests import Requests
 from weightbus.roster import Peer, Roster
 from weightbus.spec import fingerprint
 from weightbus.tasks import Tasks
@@ -38,6 +44,9 @@ GRACE_S = 1.0
 
 # Looking into wrong tensors ends after this time, with what has been found out.
 INQUIRY_S = 20.0
+
+# How many rounds that have ended are remembered.
+PAST_ROUNDS = 16
 
 
 class Phase(Enum):
@@ -80,12 +89,13 @@ class Round:
     answers: dict[str, m.Message] = field(default_factory=dict)
     failures: list[m.Failure] = field(default_factory=list)
     offer: m.Offer | None = None
+    members: dict[str, m.Member] = field(default_factory=dict)
     dones: dict[str, m.Done] = field(default_factory=dict)
     inquiry: Inquiry | None = None
-
-    @property
-    def members(self) -> dict[str, m.Member]:
-        return {member.peer: member for member in self.offer.members} if self.offer else {}
+    seed: bytes | None = None
+    # When each phase began, and when each member answered it, for the timeline.
+    phases: dict[str, float] = field(default_factory=dict)
+    answered: dict[tuple[str, Phase], float] = field(default_factory=dict)
 
 
 class Coordinator:
@@ -96,13 +106,20 @@ class Coordinator:
         self.outbox: list[tuple[str, m.Message]] = []
         self.epoch = 0
         self.round: Round | None = None
-        self._updates = 0
+        # Another hub's rounds, of which messages may still be under way, had other numbers.
+        self._updates = secrets.randbits(40)
         self._group: tuple[str, ...] = ()
+        self._group_token = ""
+        self._introduced = False
         self._broken = False
         self._planned: set[str] = set()
-        self._committed = -1
-        self._incarnation = secrets.token_hex(8)
+        self.committed = -1
+        self.paused_until = 0.0
+        self.requests = Requests()
         self.tasks = Tasks(self.roster, self.outbox, self._number)
+        self._past: deque[tuple[Round, m.Outcome, float]] = deque(maxlen=PAST_ROUNDS)
+        self._rebuilt = Rebuilt()
+        self._now = 0.0
         self._steps: dict[Phase, Callable[[Round, float], None]] = {
             Phase.ENTER: self._offer,
             Phase.SOURCES: self._relay_sources,
@@ -115,6 +132,13 @@ class Coordinator:
         }
 
     # -- what comes in -----------------------------------------------------------------------------
+
+    def joined(self, peer: Peer, now: float) -> None:
+        """A peer has come, perhaps from an earlier hub: what it knows of before is taken over."""
+        if peer.held is not None and peer.held.version is not None:
+            self.committed = max(self.committed, peer.held.version)
+        self.outbox += self._rebuilt.joined(peer, self.roster)
+        self.advance(now)
 
     def enter(self, message: m.Enter, now: float) -> None:
         """A trainer rank calls ``update`` or ``check``: the first one opens the round."""
@@ -130,8 +154,8 @@ class Coordinator:
             self._note(round, str(peer), message.refusal, now)
         elif difference := _differs(round.enter, message):
             self._note(round, str(peer), f"{difference} as on the first rank that called", now)
-        if message.kind == "update" and message.version <= self._committed:
-            reason = f"version {message.version}: expected one above {self._committed}, the last committed"
+        if message.kind == "update" and message.version <= self.committed:
+            reason = f"version {message.version}: expected one above {self.committed}, the last committed"
             self._note(round, str(peer), reason, now)
         round.answers[message.peer] = message
         self.advance(now)
@@ -149,6 +173,7 @@ class Coordinator:
         if message.peer in round.answers or not isinstance(message, ANSWERS[round.phase]):
             return False
         round.answers[message.peer] = message
+        round.answered[message.peer, round.phase] = now
         reason = message.reason if isinstance(message, m.Refuse) else getattr(message, "error", "")
         if reason and not isinstance(message, m.Probed):
             self._note(round, str(round.members[message.peer]), reason, now)
@@ -163,23 +188,22 @@ class Coordinator:
             round.answers.pop(peer.id, None)
             round.expected.discard(peer.id)
             self._note(round, str(peer), reason, now)
+        if peer.trainer:
+            self.requests.forget_polls()
         if not any(p.trainer for p in self.roster.peers.values()) and peer.trainer:
             self._send(self.roster.peers, m.Farewell())
         self.advance(now)
 
     def advance(self, now: float) -> None:
         """Take the next step if all have answered, or end the round if its time is over."""
+        self._now = now
         self.tasks.advance(now, free=self.round is None or self.round.phase is Phase.ENTER)
         round = self.round
         if round is None:
             return
-        if round.phase is Phase.ENTER:
-            missing = self.roster.missing(round.answers, round.enter.min_replicas)
-            if self.tasks.going is not None:
-                missing.append("all ranks: a load, save or probe is still going on")
-        else:
-            waiting = round.expected - round.answers.keys()
-            missing = [f"{round.members[peer]}: no answer in phase {round.phase.name}" for peer in waiting]
+        if round.phase is not Phase.ENTER and len(round.answers) < len(round.expected) and now < round.deadline:
+            return
+        missing = self.missing(now)
         if not missing:
             if round.failures:
                 self._fail(round, now)
@@ -194,6 +218,25 @@ class Coordinator:
                     round.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
             self._fail(round, now)
 
+    def missing(self, now: float) -> list[str]:
+        """What the round waits for, a line each: *rank: what it has not done*."""
+        round = self.round
+        if round is None:
+            return []
+        if round.phase is not Phase.ENTER:
+            waiting = [peer for peer in round.members if peer in round.expected - round.answers.keys()]
+            return [f"{round.members[peer]}: no answer in phase {round.phase.name}" for peer in waiting]
+        missing = self.roster.missing(round.answers, round.enter.min_replicas)
+        if now < self.paused_until and round.enter.kind == "update":
+            missing.append(f"updates: paused by a request, for {self.paused_until - now:.0f} s more")
+        if self.tasks.going is not None:
+            missing.append("all ranks: a load, save or probe is still going on")
+        return missing
+
+    def past(self, count: int) -> list[Past]:
+        """The last rounds that have ended, the newest last."""
+        return [past_of(*ended) for ended in list(self._past)[-count:]] if count else []
+
     # -- steps -------------------------------------------------------------------------------------
 
     def _offer(self, round: Round, now: float) -> None:
@@ -201,14 +244,19 @@ class Coordinator:
         peers = self.roster.group(round.answers)
         group = tuple(peer.id for peer in peers)
         if group != self._group or self._broken:
-            self.epoch += 1
-            self._group, self._broken = group, False
-            self._planned.clear()
+            kept = self._rebuilt.group(peers) if not self._group else None
+            self.epoch, self._group_token, self._planned = kept or (
+                max(self.epoch, self._rebuilt.epoch) + 1,
+                secrets.token_hex(8),
+                set(),
+            )
+            self._group, self._broken, self._introduced = group, False, False
         facts = [answer.facts for p in group if isinstance(answer := round.answers.get(p), m.Enter)]
-        plan = fingerprint([self._incarnation, self.epoch, enter.modules, enter.settings, *facts])
+        plan = fingerprint([self._group_token, self.epoch, enter.modules, enter.settings, *facts])
         round.offer = m.Offer(
             update=round.update,
             epoch=self.epoch,
+            group=self._group_token,
             kind=enter.kind,
             version=enter.version,
             modules=enter.modules,
@@ -221,8 +269,12 @@ class Coordinator:
             transfer_s=enter.transfer_s,
             jobs=enter.jobs,
         )
-        self._send(group, round.offer)
-        if enter.kind == "check":
+        round.members = {member.peer: member for member in round.offer.members}
+        # A member that was told of the others in this epoch, or has a plan with them, knows them.
+        known = self._introduced
+        self._send(group, msgspec.structs.replace(round.offer, members=[]) if known else round.offer)
+        self._introduced = True
+        if enter.kind != "update":
             self._next(round, Phase.RUN, group, now + enter.ready_s + enter.transfer_s)
         elif round.offer.planned:
             self._next(round, Phase.READY, group, now + enter.ready_s)
@@ -264,7 +316,7 @@ class Coordinator:
         if stale:
             self._planned.discard(round.offer.plan)
             round.offer = msgspec.structs.replace(round.offer, planned=False)
-            self._send(round.members, round.offer)
+            self._send(round.members, msgspec.structs.replace(round.offer, members=[]))
             self._survey(round, now)
         elif len(plans) > 1:
             reason = "plans differ: " + ", ".join(f"{plan} on {who}" for plan, who in plans.items())
@@ -272,7 +324,8 @@ class Coordinator:
             self._fail(round, now)
         else:
             self._planned.add(round.offer.plan)
-            self._send(round.members, m.Go(update=round.update, seed=secrets.token_bytes(32)))
+            round.seed = secrets.token_bytes(32)
+            self._send(round.members, m.Go(update=round.update, seed=round.seed))
             self._next(round, Phase.RUN, round.members, now + round.enter.transfer_s)
 
     def _judge(self, round: Round, now: float) -> None:
@@ -350,8 +403,8 @@ class Coordinator:
         moved = update and round.phase in MOVED
         # The ranks abort their group after such an update: it takes a new epoch to make another.
         self._broken |= moved and not ok
-        if ok and update:
-            self._committed = round.enter.version
+        if ok and round.enter.kind != "check":
+            self.committed = round.enter.version
         servers = [member.server for member in round.members.values() if member.server]
         outcome = m.Outcome(
             update=round.update,
@@ -367,10 +420,18 @@ class Coordinator:
             trainers=sum(member.trainer is not None for member in round.members.values()),
             replicas=sorted({server.replica for server in servers}),
             servers=len(servers),
+            tasks=self.requests.after_update() if ok and update else [],
         )
         if update:
             self.tasks.saw(outcome.replicas, ok, outcome.moved, round.enter.version)
         recipients = [p for p in (round.members or round.answers) if p in self.roster.peers]
+        self._rebuilt.ended(round.seed, outcome)
+        if ok and round.enter.kind != "check":
+            for peer in round.members:
+                self.roster.peers[peer].version = round.enter.version
+        round.answers = {}
+        self._past.append((round, outcome, time.time() - outcome.seconds))
+        self.requests.settle(round.enter, outcome)
         self.round = None
         self._send(recipients, outcome)
 
@@ -381,6 +442,7 @@ class Coordinator:
     def _refuse_enter(self, message: m.Enter, reason: str) -> None:
         failure = m.Failure(rank=str(self.roster.peers[message.peer]), tensor=None, reason=reason)
         outcome = m.Outcome(update=0, ok=False, moved=False, verdict="failed", failures=[failure])
+        self.requests.settle(message, outcome)
         self._send([message.peer], outcome)
 
     def _note(self, round: Round, rank: str, reason: str, now: float) -> None:
@@ -394,6 +456,7 @@ class Coordinator:
     def _next(self, round: Round, phase: Phase, expected: Iterable[str], deadline: float) -> None:
         round.phase, round.expected, round.deadline = phase, set(expected), deadline
         round.answers = {}
+        round.phases[phase.name] = self._now - round.started
 
     def _send(self, peers: Iterable[str], message: m.Message) -> None:
         self.outbox += [(peer, message) for peer in peers]

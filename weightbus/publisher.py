@@ -14,11 +14,14 @@ from typing import Literal, overload
 
 from weightbus import messages as m
 from weightbus.box import Box
+from weightbus.client import DEFAULT_ADDRESS
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.frozen import Where
 from weightbus.hub import DEAD_AFTER_S
+from weightbus.keys import Keys, load_keys
 from weightbus.layout import Source, rank_and_size
+from weightbus.link import REJOIN_S
 from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Saved, Verdict
@@ -27,8 +30,6 @@ from weightbus.session import Session
 from weightbus.turn import Progress, SourceCopy
 
 log = logging.getLogger("weightbus")
-
-DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 
 # A wave's bytes: enough that the link's pauses between waves do not count, little enough that the first
 # wave's packing and the last one's installing do not either.
@@ -53,7 +54,10 @@ class Publisher:
         ranks share a host and nothing has to be cast, else ``broadcast``; both can be asked for.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
-    dead_after_s: a hub that rank 0 starts drops a rank whose heartbeats stop for so long.
+    reconnect_timeout_s: to find a lost hub again, or another in its place, before a call fails; rank 0 starts
+        one where none listens. dead_after_s: such a hub drops a rank whose heartbeats stop for so long.
+    keys: a directory of CURVE keys (``weightbus keygen``), else of the environment; needed for an address
+        that is not this host's alone, unless ``insecure=True`` (docs/security.md).
     progress: called with (done, total) bytes as this rank moves them, which by the route ``peer`` it does
         not; by default a bar on rank 0's terminal.
     copy_to: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
@@ -76,7 +80,10 @@ class Publisher:
         join_timeout_s: float = 300.0,
         ready_timeout_s: float = 120.0,
         transfer_timeout_s: float = 300.0,
+        reconnect_timeout_s: float = REJOIN_S,
         dead_after_s: float = DEAD_AFTER_S,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        insecure: bool = False,
         progress: Callable[[int, int], None] | None = None,
         copy_to: Where = "device",
     ) -> None:
@@ -102,7 +109,10 @@ class Publisher:
         self._pending: Future[Report] | None = None
         self.version: int | None = None
         self._closed = False
-        self._session = Session.open(address, device, num_buckets)
+        self._task = ""
+        self._tasks: list[m.Asked] = []
+        keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
+        self._session = Session.open(address, device, num_buckets, keys, reconnect_timeout_s)
         try:
             self._session.link.join(
                 role="trainer",
@@ -154,10 +164,12 @@ class Publisher:
         if wait:
             bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
             try:
-                return self._send(enter, begun, self._progress or bar, None)
+                report = self._send(enter, begun, self._progress or bar, None)
             finally:
                 if bar:
                     bar.close()
+            self._run_tasks()
+            return report
         if self._session.destination is not None:
             raise UpdateError("wait: expected True, got False: this process serves the weights that it updates")
         copied = None
@@ -174,6 +186,7 @@ class Publisher:
         if self._pending is not None:
             wait_for_futures([self._pending])
             self._pending = None
+            self._run_tasks()
 
     def _send(
         self,
@@ -209,7 +222,44 @@ class Publisher:
         )
         if self.rank == 0:
             log.info("%s", report)
+        self._tasks += outcome.tasks
         return report
+
+    def poll(self) -> bool:
+        """Run what a client has asked for (``weightbus update``, ``check``, ``set-version``); whether one did.
+
+        Collective over trainer ranks, where the source is one that may be published. Costs a message each
+        way, and waits for a rank that lags by more than one poll, 10 s at most. What becomes of the request,
+        errors included, is the client's answer.
+        """
+        self._settle()
+        task = self._session.poll()
+        if task is not None:
+            self._run(task)
+        return task is not None
+
+    def _run_tasks(self) -> None:
+        """What came with an update's outcome, the same on all trainer ranks."""
+        while self._tasks:
+            self._run(self._tasks.pop(0))
+
+    def _run(self, task: m.Asked) -> None:
+        """One request. An update or check that fails is the client's matter; the next update mends it."""
+        self._task = task.task
+        try:
+            if task.kind == "update":
+                self.update(task.version or 1, verify=task.verify, modules=task.modules)
+            elif task.kind == "check":
+                self._session.call(self._enter("check", self.version or 0, None, True), Progress())
+            else:
+                version = task.version or 0
+                enter = self._enter("label", version, None, False)
+                if self._session.call(enter, Progress()).ok:
+                    self.version = version
+        except UpdateError as error:
+            log.warning("asked for: %s", error)
+        finally:
+            self._task = ""
 
     def check(self) -> Verdict:
         """Digest every live shard of the servers, and compare with the committed versions' sums.
@@ -311,6 +361,9 @@ class Publisher:
         except WeightbusError as error:
             # The other trainer ranks are calling too: they get this reason instead of a deadline.
             refusal = str(error)
+        jobs = self._origin.jobs() if kind == "check" else []
+        if kind == "check" and not jobs:
+            refusal = "check: expected a version committed by update(verify=True), got none"
         join_s, ready_s, transfer_s = self._timeouts
         settings = Settings(bucket_bytes=self._bucket_bytes, route=self._route, source=sent)
         return m.Enter(
@@ -325,8 +378,9 @@ class Publisher:
             join_s=join_s,
             ready_s=ready_s,
             transfer_s=transfer_s,
-            jobs=self._origin.jobs() if kind == "check" else [],
+            jobs=jobs,
             refusal=refusal,
+            task=self._task,
         )
 
     def close(self) -> None:

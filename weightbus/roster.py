@@ -18,6 +18,9 @@ class Peer:
     pid: int
     heard: float
     roles: dict[str, m.Hello] = field(default_factory=dict)
+    held: m.Held | None = None
+    state: m.State = ""
+    version: int | None = None
 
     @property
     def trainer(self) -> m.Hello | None:
@@ -39,6 +42,10 @@ class Peer:
         return f"{self.member()} (pid {self.pid} on {self.host})"
 
 
+# More peers than this are refused, so that no flood of them can fill the hub's memory.
+MAX_PEERS = 8192
+
+
 class Roster:
     """All peers that are alive, as far as is known."""
 
@@ -46,9 +53,9 @@ class Roster:
         self.dead_after_s = dead_after_s
         self.peers: dict[str, Peer] = {}
 
-    def admit(self, hello: m.Hello, peer: str, now: float) -> m.Refused | Peer:
-        """The peer with its new role, or why it can't have it."""
-        known = next((p for p in self.peers.values() if p.process == hello.process), None)
+    def refusal(self, hello: m.Hello, now: float) -> m.Refused | None:
+        """Why ``hello``'s role can't be had; None if it can, or if the same process has it already."""
+        known = self._known(hello.process)
         for other in self.peers.values():
             held = other.roles.get(hello.role)
             if held is None or (hello.role == "server" and held.replica != hello.replica):
@@ -56,7 +63,7 @@ class Roster:
             where = f"replica {hello.replica} server" if hello.role == "server" else "trainer"
             if held.rank == hello.rank and held.process == hello.process:
                 # Said again, as the welcome was late.
-                return other
+                return None
             if held.rank == hello.rank:
                 silent = now - other.heard
                 reason = f"{where} rank {hello.rank} is taken by {other}, heard {silent:.1f} s ago"
@@ -70,14 +77,28 @@ class Roster:
         if hello.rank >= hello.size:
             reason = f"expected one below size {hello.size}, got {hello.rank}"
             return m.Refused(reason=f"{hello.role} rank: {reason}")
+        if known is not None and hello.role in known.roles:
+            return m.Refused(reason=f"this process is {known} already")
+        if known is None and len(self.peers) >= MAX_PEERS:
+            return m.Refused(reason=f"expected at most {MAX_PEERS} ranks", silent_s=0.0)
+        return None
+
+    def admit(self, hello: m.Hello, peer: str, now: float) -> m.Refused | Peer:
+        """The peer with its new role, or why it can't have it."""
+        if (refused := self.refusal(hello, now)) is not None:
+            return refused
+        known = self._known(hello.process)
         if known is None:
             known = Peer(id=peer, process=hello.process, host=hello.host, pid=hello.pid, heard=now)
             self.peers[peer] = known
-        elif hello.role in known.roles:
-            return m.Refused(reason=f"this process is {known} already")
         known.roles[hello.role] = hello
         known.heard = now
+        if hello.held is not None:
+            known.held = hello.held
         return known
+
+    def _known(self, process: str) -> Peer | None:
+        return next((peer for peer in self.peers.values() if peer.process == process), None)
 
     def silent(self, now: float) -> list[Peer]:
         return [peer for peer in self.peers.values() if now - peer.heard > self.dead_after_s]

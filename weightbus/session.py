@@ -7,11 +7,13 @@ answers each. ``Publisher`` and ``Subscriber`` are its two faces.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import ClassVar
 
+import msgspec
 import torch
 
 from weightbus import messages as m
@@ -21,12 +23,21 @@ from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError, UpdateError
 from weightbus.group import Group
 from weightbus.hub import SPIN_S
+from weightbus.keys import Keys
 from weightbus.lanes import Lanes
-from weightbus.link import Link
+from weightbus.link import REJOIN_S, HubLost, Link
 from weightbus.loopback import PREFIX, Loopback
 from weightbus.planned import Planned
 from weightbus.task_turn import MakeSave, TaskTurn, raise_for
 from weightbus.turn import SLACK_S, Progress, SourceCopy, Turn
+from weightbus.wire import FromHub
+
+log = logging.getLogger("weightbus")
+
+# A rank that has run an update and lost the hub waits so long to hear, from a new one, how it ended.
+UNHEARD_S = 20.0
+
+POLL_S = 10.0
 
 
 class Session:
@@ -35,8 +46,15 @@ class Session:
     _open: ClassVar[dict[str, Session]] = {}
     _open_lock = threading.Lock()
 
-    def __init__(self, address: str, device: torch.device, num_buckets: int) -> None:
-        self.link: Link | Loopback = Loopback(address) if address.startswith(PREFIX) else Link(address)
+    def __init__(
+        self, address: str, device: torch.device, num_buckets: int, keys: Keys, reconnect_timeout_s: float
+    ) -> None:
+        self.link: Link | Loopback
+        if address.startswith(PREFIX):
+            self.link = Loopback(address)
+        else:
+            self.link = Link(address, keys, held=self._held, state=self._state)
+        self.reconnect_timeout_s = reconnect_timeout_s
         self.origin: Origin | None = None
         self.destination: Destination | None = None
         self._place(device, num_buckets)
@@ -45,6 +63,14 @@ class Session:
         self.recent: Planned | None = None  # the plan that ran last, if it still holds
         self._epoch = -1
         self._users = 0
+        # What a new hub has to know of an earlier one.
+        self.members: list[m.Member] = []
+        self.place = 0
+        self._token = ""
+        self._version: int | None = None
+        self._sealed: tuple[bytes, m.Word] | None = None
+        self._unheard: bytes | None = None
+        self._polls = 0
 
     def _place(self, device: torch.device, num_buckets: int) -> None:
         self.device = device
@@ -52,12 +78,20 @@ class Session:
         self.lanes = Lanes(device)
 
     @classmethod
-    def open(cls, address: str, device: torch.device, num_buckets: int) -> Session:
+    def open(
+        cls,
+        address: str,
+        device: torch.device,
+        num_buckets: int,
+        keys: Keys,
+        reconnect_timeout_s: float = REJOIN_S,
+    ) -> Session:
         """The process's session at ``address``: a publisher and a subscriber there share one."""
         with cls._open_lock:
             session = cls._open.get(address)
             if session is None:
-                session = cls._open[address] = cls(address, device, num_buckets)
+                session = cls(address, device, num_buckets, keys, reconnect_timeout_s)
+                cls._open[address] = session
             elif session.device != device and not isinstance(session.link, Loopback):
                 raise SpecError(f"device: expected {session.device} as the other end here, got {device}")
             elif session.device.type == "cpu" != device.type:
@@ -90,21 +124,33 @@ class Session:
         """Trainer ranks: enter an update or a check and follow it to its outcome.
 
         copied: what is sent, instead of the live source.
+        Raises HubError if there is no hub. One that is lost before the offer is looked for again.
         """
-        self.link.send(enter)
-        return self.follow(None, progress, enter.join_s + SLACK_S, copied)
+        deadline = time.monotonic() + enter.join_s
+        while True:
+            if not self.link.rejoin(self.reconnect_timeout_s):
+                raise HubError(self.link.lost)
+            enter.peer = self.link.peer
+            self.link.send(enter)
+            turn = Turn(self, progress, copied)
+            outcome = self._to_the_end(turn, None, enter.join_s + SLACK_S, again=time.monotonic() < deadline)
+            if outcome is not None:
+                return outcome
 
-    def follow(
-        self,
-        offer: m.Offer | None,
-        progress: Progress,
-        wait_s: float = SLACK_S,
-        copied: SourceCopy | None = None,
-    ) -> m.Outcome:
-        """From the offer to the outcome. Raises HubError if the hub is lost."""
-        turn = Turn(self, progress, copied)
+    def follow(self, offer: m.Offer, progress: Progress) -> m.Outcome:
+        """Server ranks: from the offer to the outcome."""
+        outcome = self._to_the_end(Turn(self, progress, None), offer, SLACK_S, again=False)
+        assert outcome is not None, "only a trainer rank enters again"
+        return outcome
+
+    def _to_the_end(self, turn: Turn, offer: m.Offer | None, wait_s: float, *, again: bool) -> m.Outcome | None:
+        """The outcome; None if the hub was lost before it had offered anything, and ``again`` is wished for."""
         try:
             return self._follow(turn, offer, wait_s)
+        except HubLost as lost:
+            if again and turn.offer is None:
+                return None
+            return turn.ended(self._orphaned(turn, lost))
         finally:
             turn.close()
             if turn.farewell is not None:
@@ -120,7 +166,7 @@ class Session:
             message = self.link.receive(limit_s, spin_s=SPIN_S)
             match message:
                 case None:
-                    raise HubError(f"no word from {self.link.address} for {limit_s:.0f} s in an update")
+                    raise HubLost(f"no word from {self.link.address} for {limit_s:.0f} s in an update")
                 case m.Offer():
                     turn.offered(message)
                 case m.Gathered():
@@ -163,7 +209,7 @@ class Session:
         """
         deadline = time.monotonic() + timeout_s
         with contextlib.ExitStack() as stack:
-            asking = stack.enter_context(Asking(self.link.address)) if lead else None
+            asking = stack.enter_context(Asking(self.link.address, self.link.keys)) if lead else None
             id = asking.send(task, wait_s=timeout_s, run_s=timeout_s) if asking else ""
             while True:
                 message = self.link.receive(0.05)
@@ -182,16 +228,124 @@ class Session:
                 if time.monotonic() > deadline + SLACK_S:
                     raise UpdateError(f"task: expected rank 0 to ask for it within {timeout_s:.0f} s")
 
+    def receive(self, timeout_s: float) -> FromHub | None:
+        """Server ranks, between updates: the next message, or None after ``timeout_s``.
+
+        A hub that is lost is looked for; raises HubError once none has answered for
+        ``reconnect_timeout_s``.
+        """
+        try:
+            return self.link.receive(timeout_s)
+        except HubLost as lost:
+            if self.link.rejoin(timeout_s):
+                return self.link.receive(0)
+            if self.link.silent_s > self.reconnect_timeout_s:
+                raise HubError(str(lost)) from lost
+            return None
+
+    def poll(self) -> m.Asked | None:
+        """Trainer ranks: what a client has asked for, the same on all of them."""
+        if isinstance(self.link, Loopback):
+            return None  # nobody can ask
+        self._polls += 1
+        try:
+            if not self.link.rejoin(0.0):
+                return None
+            self.link.send(m.Poll(peer=self.link.peer, number=self._polls))
+            deadline = time.monotonic() + POLL_S
+            while (left := deadline - time.monotonic()) > 0:
+                message = self.link.receive(left)
+                if isinstance(message, m.Polled) and message.number == self._polls:
+                    return message.task
+                if message is not None:
+                    log.info("late: %s", type(message).__name__)
+        except HubLost as lost:
+            log.warning("%s", lost)
+        return None
+
+    # -- a hub that is lost ------------------------------------------------------------------------
+
+    def _orphaned(self, turn: Turn, lost: HubLost) -> m.Outcome:
+        """The outcome of an update in which the hub was lost.
+
+        It may have been committed: where this rank has done its part, a new hub is asked, which learns it
+        from any rank that has heard. Otherwise it has failed, and what was written is a mixture.
+        """
+        log.warning("%s", lost)
+        reason = str(lost)
+        if turn.finished and turn.seed is not None:
+            self._unheard = turn.seed
+            try:
+                outcome = self._await_outcome(time.monotonic() + UNHEARD_S)
+            except HubError as error:
+                outcome, reason = None, str(error)
+            finally:
+                self._unheard = None
+            if outcome is not None:
+                return outcome
+        failure = m.Failure(rank="hub", tensor=None, reason=reason)
+        moved = turn.seed is not None
+        return m.Outcome(update=0, ok=False, moved=moved, verdict="failed", failures=[failure])
+
+    def _await_outcome(self, deadline: float) -> m.Outcome | None:
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                if not self.link.rejoin(min(left, 1.0)):
+                    continue
+                message = self.link.receive(min(left, 0.5))
+            except HubLost:
+                continue
+            if isinstance(message, m.Outcome):
+                return message
+            if message is not None:
+                # The others have gone on to another update.
+                self.link.push_back(message)
+                return None
+        return None
+
+    def _held(self) -> m.Held:
+        sealed = self._sealed or (None, "unverified")
+        alive = self._group is not None
+        return m.Held(
+            epoch=max(self._epoch, 0),
+            place=self.place,
+            members=len(self.members),
+            group=self._token if alive else "",
+            plans=list(self._plans)[-1024:] if alive else [],
+            version=self._version,
+            sealed=sealed[0],
+            verdict=sealed[1],
+            unheard=self._unheard,
+        )
+
+    def _state(self) -> tuple[m.State, int | None]:
+        destination = self.destination
+        return (destination.state, destination.version) if destination else ("", self._version)
+
+    def seal(self, seed: bytes | None, outcome: m.Outcome, version: int) -> None:
+        """An update, or a label, was committed here."""
+        self._version = version
+        if seed is not None:
+            self._sealed = seed, outcome.verdict
+
     # -- what turns share --------------------------------------------------------------------------
 
-    def enter_epoch(self, epoch: int) -> None:
-        """A new epoch makes the group and the plans of older ones useless."""
+    def enter_epoch(self, offer: m.Offer) -> m.Offer:
+        """A new epoch makes the group and the plans of older ones useless. The offer with its members."""
+        epoch = offer.epoch
         if epoch < self._epoch:
             raise ProtocolError(f"epoch: expected {self._epoch} or newer, got {epoch}")
         if epoch > self._epoch:
             self.drop_group(abort=True)
             self.forget_plans()
             self._epoch = epoch
+        if offer.members:
+            self.members = offer.members
+        self._token = offer.group
+        self.place = next((i for i, x in enumerate(self.members) if x.peer == self.link.peer), -1)
+        if self.place < 0:
+            raise ProtocolError(f"offer: expected this rank among the {len(self.members)} members")
+        return msgspec.structs.replace(offer, members=self.members)
 
     def plan(self, token: str) -> Planned | None:
         return self._plans.get(token)

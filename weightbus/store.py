@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
-import zmq
 
 from weightbus import messages as m
 from weightbus.errors import HubError
-from weightbus.link import Connection
+from weightbus.link import Link
 
 _FIRST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.05
@@ -27,22 +25,36 @@ class HubStore(dist.Store):  # type: ignore[misc, name-defined]
     lives: the group itself keeps none to the Python object.
     """
 
-    def __init__(self, context: zmq.Context[Any], address: str, epoch: int, timeout_s: float) -> None:
+    def __init__(self, link: Link, epoch: int, timeout_s: float) -> None:
         super().__init__()
+        self._link = link
+        self._calls = 0
         self._prefix = f"{epoch}/"
         self._limit = timedelta(seconds=timeout_s)
         self._lock = threading.Lock()
-        self._connection = Connection(context, address)
+        self._connection = link.connect()
         self._closed = False
 
-    def _call(self, message: m.Message) -> m.StoreValue:
+    def _call(self, message: m.StoreCall) -> m.StoreValue:
         with self._lock:
             if self._closed:
                 raise HubError("the process group's store is closed")
+            self._calls += 1
+            message.peer, message.call = self._link.peer, self._calls
             self._connection.send(message)
-            answer = self._connection.receive(_ANSWER_S)
+            deadline = time.monotonic() + _ANSWER_S
+            while True:
+                # In short waits: a hub that is gone answers nothing, and its keys are gone with it.
+                answer = self._connection.receive(min(0.5, max(0.0, deadline - time.monotonic())))
+                if isinstance(answer, m.StoreValue) and answer.call != self._calls:
+                    continue  # late, to a call that was given up
+                if answer is not None:
+                    break
+                if self._link.lost or time.monotonic() > deadline:
+                    break
         if not isinstance(answer, m.StoreValue):
-            raise HubError(f"rendezvous: expected a value from {self._connection.address}, got {answer}")
+            reason = self._link.lost or f"got {answer}"
+            raise HubError(f"rendezvous: expected a value from {self._connection.address}: {reason}")
         return answer
 
     def _key(self, key: str) -> str:
@@ -50,11 +62,11 @@ class HubStore(dist.Store):  # type: ignore[misc, name-defined]
 
     def set(self, key: str, value: str | bytes) -> None:
         value = value.encode() if isinstance(value, str) else bytes(value)
-        self._call(m.StoreSet(key=self._key(key), value=value))
+        self._call(m.StoreSet(peer="", call=0, key=self._key(key), value=value))
 
     def get(self, key: str) -> bytes:
         self.wait([key])
-        return self._call(m.StoreGet(key=self._key(key))).value or b""
+        return self._call(m.StoreGet(peer="", call=0, key=self._key(key))).value or b""
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         deadline = time.monotonic() + (timeout or self._limit).total_seconds()
@@ -66,16 +78,16 @@ class HubStore(dist.Store):  # type: ignore[misc, name-defined]
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def add(self, key: str, amount: int) -> int:
-        return self._call(m.StoreAdd(key=self._key(key), amount=amount)).number
+        return self._call(m.StoreAdd(peer="", call=0, key=self._key(key), amount=amount)).number
 
     def check(self, keys: list[str]) -> bool:
-        return bool(self._call(m.StoreCheck(keys=[self._key(key) for key in keys])).number)
+        return bool(self._call(m.StoreCheck(peer="", call=0, keys=[self._key(key) for key in keys])).number)
 
     def delete_key(self, key: str) -> bool:
-        return bool(self._call(m.StoreDelete(key=self._key(key))).number)
+        return bool(self._call(m.StoreDelete(peer="", call=0, key=self._key(key))).number)
 
     def num_keys(self) -> int:
-        return self._call(m.StoreCount()).number
+        return self._call(m.StoreCount(peer="", call=0)).number
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._limit = timeout

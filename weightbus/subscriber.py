@@ -13,13 +13,16 @@ from types import TracebackType
 import torch.distributed as dist
 
 from weightbus import messages as m
+from weightbus.client import DEFAULT_ADDRESS
 from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
 from weightbus.install import NameMap
+from weightbus.keys import Keys, load_keys
 from weightbus.layout import Source, rank_and_size
+from weightbus.link import REJOIN_S
 from weightbus.load import Load
 from weightbus.progress import Bar
-from weightbus.publisher import DEFAULT_ADDRESS, DEFAULT_NUM_BUCKETS
+from weightbus.publisher import DEFAULT_NUM_BUCKETS
 from weightbus.report import Loaded
 from weightbus.session import Session
 from weightbus.task_turn import raise_for
@@ -54,6 +57,7 @@ class Subscriber:
         update between the same two steps. Called once in each ``poll``.
     cpu_group: the engine's own group of the replica's ranks, for CPU tensors: with it, SHA-256 digests of whole
         tensors are put together from shards. Without it, ranks are asked about their shards alone.
+    reconnect_timeout_s, keys, insecure: as the publisher's.
     Raises HubError if no hub answers in ``connect_timeout_s`` or it refuses this rank.
     """
 
@@ -77,6 +81,9 @@ class Subscriber:
         cpu_group: dist.ProcessGroup | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
         connect_timeout_s: float = 300.0,
+        reconnect_timeout_s: float = REJOIN_S,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        insecure: bool = False,
     ) -> None:
         self._destination = Destination(
             target,
@@ -96,7 +103,8 @@ class Subscriber:
         self._stop = threading.Event()
         self._closed = self._left = False
         layout = self._destination.layout
-        self._session = Session.open(address, layout.device, num_buckets)
+        keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
+        self._session = Session.open(address, layout.device, num_buckets, keys, reconnect_timeout_s)
         try:
             self._session.link.join(
                 role="server",
@@ -136,16 +144,16 @@ class Subscriber:
 
         Called by every rank of the replica between engine steps. Blocks for the update, else for at
         most ``timeout_s``. What became of it: ``state``, ``version``, ``error`` and the callbacks.
-        Raises HubError if the hub is lost.
+        Raises HubError once the hub has been lost for ``reconnect_timeout_s``.
         """
         if self._session.origin is not None:
             # This process is a trainer rank too: its publisher's calls carry the server's part.
             return False
-        message = self._session.link.receive(timeout_s)
+        message = self._session.receive(timeout_s)
         if self._agree is not None:
             waiting = self._agree(isinstance(message, m.Offer | m.TaskOffer))
             if waiting and message is None:
-                message = self._session.link.receive(30.0)
+                message = self._session.receive(30.0)
         match message:
             case m.Offer():
                 self._session.follow(message, Progress())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from weightbus.hub import host_and_port
+from weightbus.keys import host_and_port
 
 
 def local_address(hub_address: str) -> str:

@@ -84,7 +84,12 @@ class Turn:
         self._evidence: list[Evidence] = []
         self._sharing: Sharing | None = None
         self.farewell: m.Farewell | None = None
-        self._begun = time.monotonic()
+        # The update's seed, once bytes may move; whether this rank has done its part of it.
+        self.seed: bytes | None = None
+        self.finished = False
+        self._starts: dict[str, float] = {}
+        self._overlapping: dict[str, float] = {}
+        self._offered = self._begun = time.monotonic()
 
     def close(self) -> None:
         """Give back what was mapped for a plan that was not made."""
@@ -100,8 +105,7 @@ class Turn:
     @property
     def _rank(self) -> int:
         """This process's group rank."""
-        peer = self.session.link.peer
-        return next(rank for rank, member in enumerate(self._offer.members) if member.peer == peer)
+        return self.session.place
 
     @property
     def _me(self) -> m.Member:
@@ -120,8 +124,16 @@ class Turn:
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
+        self._starts.setdefault(stage, max(0.0, self._begun - self._offered))
         self.progress.stages[stage] = self.progress.stages.get(stage, 0.0) + now - self._begun
         self._begun = now
+
+    def _clock(self, stage: str, begun: float) -> None:
+        """A piece of a stage that overlaps others, for the timeline only. On CUDA it is the host's time."""
+        now = time.monotonic()
+        self._starts.setdefault(stage, begun - self._offered)
+        self._starts[f"{stage} end"] = now - self._offered
+        self._overlapping[stage] = self._overlapping.get(stage, 0.0) + now - begun
 
     def _refuse(self, error: Exception) -> None:
         peer = self.session.link.peer
@@ -152,11 +164,15 @@ class Turn:
     def offered(self, offer: m.Offer) -> None:
         """A second offer in one turn says that the plan has to be made anew."""
         session = self.session
-        session.enter_epoch(offer.epoch)
+        offer = session.enter_epoch(offer)
         first, self.offer = self.offer is None, offer
         self.limit_s = offer.ready_s + offer.transfer_s + SLACK_S
+        if first:
+            self._offered = time.monotonic()
         if offer.kind == "check":
             return self._check(offer)
+        if offer.kind == "label":
+            return self._label()
         try:
             if first:
                 self._look_at_tensors()
@@ -265,6 +281,7 @@ class Turn:
         """Run the plan and answer; the outcome, if the hub has ended the update meanwhile."""
         self._lap("ready")
         planned = self._planned
+        self.seed = go.seed
         error = ""
         try:
             assert planned is not None, "ready was answered with this plan"
@@ -305,8 +322,10 @@ class Turn:
             progress.wrote |= route.wrote
         self._lap("transfer")
         if verify:
+            begun = time.monotonic()
             planned.sent.collect()
             planned.live.collect()
+            self._clock("digest", begun)
             self._lap("verify")
 
         def record(ledger: Ledger, target: Target | None, end: Origin | Destination | None) -> Record:
@@ -337,7 +356,9 @@ class Turn:
             return Peer(planned.compiled, session.lanes, hooks, planned.sent, planned.live)
         group = session.join_group(self._rank, len(self._offer.members), self._offer.transfer_s)
         self._lap("group")
-        return Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+        route = Broadcast(planned.compiled, group, session.lanes, hooks, planned.sent, planned.live)
+        route.clock = self._clock
+        return route
 
     def _check_tensors(self) -> None:
         """Raise if a tensor has changed its shape, strides or dtype in place: its bytes went by the old ones.
@@ -401,9 +422,12 @@ class Turn:
                 hidden=hidden,
                 exempt=exempt,
                 error=error,
-                stages=self.progress.stages,
+                nbytes=self.progress.nbytes,
+                starts=self._starts,
+                stages=self.progress.stages | self._overlapping,
             )
         )
+        self.finished = not error
 
     def _fold(self, job: int, record: Record, group: int) -> m.Fold:
         evidence = self._evidence[job]
@@ -429,6 +453,12 @@ class Turn:
             error = explain(caught)
         self._lap("verify")
         self._done(error)
+
+    def _label(self) -> None:
+        """What is live is to count as another version; not if it is a mixture."""
+        destination = self.session.destination if self._me.server else None
+        torn = destination is not None and destination.state == "torn"
+        self._done("expected weights of one version, this rank is torn" if torn else "")
 
     def detail(self, detail: m.Detail) -> None:
         """Sums of the single tensors where folds differ."""
@@ -468,6 +498,13 @@ class Turn:
         session, offer = self.session, self.offer
         self._lap("commit")
         if offer is None or offer.kind == "check":
+            return outcome
+        if outcome.ok:
+            session.seal(self.seed, outcome, offer.version)
+        if offer.kind == "label":
+            for labelled in (session.origin, session.destination):
+                if labelled is not None and outcome.ok:
+                    labelled.label(offer.version)
             return outcome
         if not outcome.ok and outcome.moved:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.

@@ -1,0 +1,150 @@
+"""Ask the hub, from a shell or any process: status, and what the trainer is to do. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from weightbus import asks as a
+from weightbus import messages as m
+from weightbus.errors import HubError, ProtocolError
+from weightbus.keys import Keys, load_keys
+from weightbus.link import Connection, NotSent
+
+DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
+
+# Beyond a request's own time, for the answer to come.
+SLACK_S = 5.0
+
+
+class Client:
+    """A connection that asks and never joins. For one thread at a time.
+
+    keys, insecure: as the publisher's. timeout_s: for the hub to answer at all.
+    ``check``, ``update`` and ``set_version`` need the trainer: they run at its next ``publisher.poll()`` or
+    at the end of its next ``update()``, and wait ``wait_s`` for that; ``on_wait`` is called with what the hub
+    says they wait for. All methods raise HubError if no hub answers.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        insecure: bool = False,
+        timeout_s: float = 10.0,
+        on_wait: Callable[[str], None] | None = None,
+    ) -> None:
+        self.address, self.timeout_s = address, timeout_s
+        self._on_wait = on_wait
+        keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
+        keys.check(address)
+        self._keys = keys
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._connection = Connection(self._context, address, keys)
+
+    def status(self, past: int = 1) -> a.Status:
+        """Ranks, states, versions, the epoch, and the ``past`` last updates and checks (16 at most)."""
+        answer = self._ask(a.AskStatus(id=secrets.token_hex(8), past=past), 0.0)
+        if not isinstance(answer, a.Status):
+            raise HubError(f"status: expected one, got {type(answer).__name__}")
+        return answer
+
+    def update(
+        self,
+        version: int | None = None,
+        *,
+        modules: Sequence[str] | None = None,
+        verify: bool = True,
+        wait_s: float = 600.0,
+    ) -> a.Answer:
+        """Publish the trainer's weights, as ``version`` or the next one.
+
+        An update that the trainer makes by itself meanwhile is an answer, too.
+        """
+        names = None if modules is None else list(modules)
+        ask = a.AskUpdate(
+            id=secrets.token_hex(8),
+            hub=self._hub(),
+            version=version,
+            modules=names,
+            verify=verify,
+            wait_s=wait_s,
+        )
+        return self._answered(ask, wait_s)
+
+    def check(self, *, wait_s: float = 600.0) -> a.Answer:
+        """Digest every live shard of the servers, and compare with the committed versions' sums."""
+        return self._answered(a.AskCheck(id=secrets.token_hex(8), hub=self._hub(), wait_s=wait_s), wait_s)
+
+    def set_version(self, version: int, *, wait_s: float = 600.0) -> a.Answer:
+        """What trainer and servers hold counts as ``version`` from now on; no weight moves.
+
+        The next update's version must be above it. Refused while a server rank is torn.
+        """
+        ask = a.AskVersion(id=secrets.token_hex(8), hub=self._hub(), version=version, wait_s=wait_s)
+        return self._answered(ask, wait_s)
+
+    def pause(self, for_s: float = 600.0) -> a.Answer:
+        """Hold updates back, for at most ``for_s``; one that is going on is not touched. Checks go on."""
+        return self._answered(a.AskPause(id=secrets.token_hex(8), hub=self._hub(), for_s=for_s), 0.0)
+
+    def resume(self) -> a.Answer:
+        """Let updates go on."""
+        return self._answered(a.AskResume(id=secrets.token_hex(8), hub=self._hub()), 0.0)
+
+    def _hub(self) -> str:
+        """The token of the hub that is there now: what was asked of another is not done by this one."""
+        return self.status(past=0).hub
+
+    def _answered(self, ask: a.Command, wait_s: float) -> a.Answer:
+        answer = self._ask(ask, wait_s)
+        if not isinstance(answer, a.Answer):
+            raise HubError(f"{type(ask).__name__}: expected an answer, got {type(answer).__name__}")
+        return answer
+
+    def _ask(self, ask: a.AskStatus | a.Command, wait_s: float) -> m.Message:
+        deadline = time.monotonic() + self.timeout_s
+        sent = False
+        while True:
+            left = deadline - time.monotonic()
+            answer = None
+            try:
+                if not sent:
+                    self._connection.send(ask)
+                sent = True
+                answer = self._connection.receive(max(0.0, left))
+            except NotSent:
+                time.sleep(0.1)
+            if answer is None:
+                if left > 0:
+                    continue
+                doubt = ", or keys do not match" if self._keys.client else ""
+                raise HubError(f"no hub answered at {self.address} in time{doubt}")
+            if isinstance(answer, m.Refused):
+                raise ProtocolError(f"the hub at {self.address} refused: {answer.reason}")
+            if getattr(answer, "id", None) != ask.id:
+                continue  # late, to a request that was given up
+            if not isinstance(answer, a.Waiting):
+                return answer
+            deadline = time.monotonic() + wait_s + SLACK_S
+            if self._on_wait:
+                self._on_wait(answer.reason)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._context.term()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,70 @@
+"""Start a hub, in a process of its own, where none listens."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+from weightbus.errors import HubError
+from weightbus.hub import DEAD_AFTER_S
+from weightbus.keys import Keys, host_and_port
+
+START_HUB_S = 30.0
+
+
+def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S, keys: Keys | None = None) -> None:
+    """Start a hub at ``address`` unless something listens there. Called by trainer rank 0.
+
+    Returns once it listens. The hub leaves with its last peer. It gets the keys that this process has.
+    Raises HubError with the hub's own words if it ends at once.
+    """
+    keys = keys or Keys()
+    keys.check(address)
+    if listens(address):
+        return
+    if keys.client and not keys.hub_secret:
+        raise HubError(f"no hub listens at {address}, and this rank has no hub.secret to start one with")
+    command = [sys.executable, "-m", "weightbus.hub", "--address", address, "--ephemeral"]
+    command += ["--dead-after", str(dead_after_s)]
+    if keys.insecure:
+        command.append("--insecure")
+    env = {name: value for name, value in os.environ.items() if name != "WEIGHTBUS_KEYS"}
+    if keys.directory is not None:
+        command += ["--keys", str(keys.directory)]
+    elif keys.hub_secret:
+        # By the environment, which, unlike a command line, other users can't read.
+        env["WEIGHTBUS_HUB_SECRET"] = keys.hub_secret
+        env["WEIGHTBUS_ALLOWED"] = ",".join(keys.allowed)
+    with tempfile.TemporaryFile() as words:
+        # A session of its own: a signal to the trainer's process group must not end the hub before
+        # the server ranks have heard of the trainer's end.
+        hub = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+            start_new_session=True,
+            env=env,
+        )
+        deadline = time.monotonic() + START_HUB_S
+        while not listens(address):
+            if hub.poll() is not None:
+                words.seek(0)
+                said = words.read().decode(errors="replace").strip()
+                raise HubError(f"no hub could be started at {address}: {said}")
+            if time.monotonic() > deadline:
+                hub.kill()
+                raise HubError(f"the hub started at {address} did not listen within {START_HUB_S:.0f} s")
+            time.sleep(0.02)
+
+
+def listens(address: str) -> bool:
+    try:
+        socket.create_connection(host_and_port(address), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
