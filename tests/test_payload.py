@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from weightbus import http
+from weightbus import http, wire
 from weightbus import messages as m
 from weightbus.errors import ProtocolError, SpecError
 from weightbus.payload import module_of, stored_payloads, tensors_of_payload
@@ -122,21 +122,25 @@ def test_two_payloads_for_one_module_are_refused():
         stored_payloads(frames, [data, data], m.LoadTask(), MODULES)
 
 
-def test_raw_frames_must_be_those_announced():
+def test_payloads_must_be_those_announced():
     frame = m.Frame(place=0, module=None, nbytes=3)
     ask = m.AskTask(id="1", task=m.LoadTask(), wait_s=1.0, run_s=1.0, frames=[frame], payloads=[b"abc"])
-    sent = m.encode(ask)
-    assert m.decode_to_hub(sent) == ask
-    inline = [m.HEADER, msgspec.msgpack.encode(msgspec.structs.replace(ask, frames=[]))]
-    for frames, expected in (
-        (sent[:2], "expected 1 raw frames of 3 bytes, got 0 of 0"),
-        ([*sent, b""], "expected 1 raw frames of 3 bytes, got 2 of 3"),
-        ([*sent[:2], b"ab"], "expected 1 raw frames of 3 bytes, got 1 of 2"),
-        ([*m.encode(m.Beat(peer="x")), b"abc"], "expected 0 raw frames of 0 bytes, got 1 of 3"),
-        (inline, "expected payloads in raw frames only"),
+    assert wire.decode_to_hub(wire.encode(ask)) == ask
+    for payloads, expected in (
+        ([], "expected 1 payloads of 3 bytes, got 0 of 0"),
+        ([b"abc", b""], "expected 1 payloads of 3 bytes, got 2 of 3"),
+        ([b"ab"], "expected 1 payloads of 3 bytes, got 1 of 2"),
     ):
         with pytest.raises(ProtocolError, match=expected):
-            m.decode_to_hub(frames)
+            wire.decode_to_hub(wire.encode(msgspec.structs.replace(ask, payloads=payloads)))
+    member = m.Member(peer="p", trainer=None, server=m.ServerId(replica=0, rank=0))
+    offer = m.TaskOffer(update=1, task=ask.task, members=[member], run_s=1.0, frames=[frame], payloads=[b"abc"])
+    sent = wire.encode(offer)
+    assert len(sent) == 3
+    assert wire.decode_from_hub(sent) == offer
+    for frames in (sent[:2], [*sent, b""], [*sent[:2], b"ab"], [*wire.encode(m.Farewell()), b"abc"]):
+        with pytest.raises(ProtocolError, match="payloads of"):
+            wire.decode_from_hub(frames)
 
 
 # Bytes that are nearly right find more than bytes that are not: a good payload, cut, changed or repeated.
@@ -201,9 +205,11 @@ def test_any_bytes_are_read_within_their_bounds_or_refused(data, format):
 @FUZZ
 @given(st.one_of(spoiled(), headers(), st.binary(max_size=64)))
 def test_any_frame_is_decoded_or_refused(data):
-    for decode in (m.decode_to_hub, m.decode_from_hub):
+    for decode in (wire.decode_to_hub, wire.decode_from_hub):
         with contextlib.suppress(ProtocolError):
-            decode([m.HEADER, data, data])
+            decode([wire.HEADER, data])
+        with contextlib.suppress(ProtocolError):
+            decode([wire.HEADER, data, data])
 
 
 def test_payloads_of_a_request_become_raw_frames():
