@@ -73,8 +73,26 @@ def digests() -> Iterator[str]:
     yield ""
 
 
+def cpu() -> Iterator[str]:
+    rows, digest = rows_of("update-cpu"), rows_of("digest-cpu")
+    raw = find(rows, case="bf16", what="raw broadcast of one buffer")
+    if raw:
+        yield f"Two CPU cores, gloo, {raw['model']} ({raw['nbytes'] / 1e9:.2f} GB):"
+        yield ""
+        yield "| what | ms | GB/s | of the raw broadcast |"
+        yield "|---|---|---|---|"
+        for row in rows:
+            if row["case"] == "bf16":
+                speed = f"{row['nbytes'] / row['p50_s'] / 1e9:.2f}"
+                yield f"| {row['what']} | {row['p50_s'] * 1e3:.0f} | {speed} | {row['p50_s'] / raw['p50_s']:.2f} |"
+        yield ""
+    speeds = ", ".join(f"{row['what']} {row['GB/s']:.1f}" for row in digest)
+    yield f"Digests on the CPU, in GB/s: {speeds}."
+    yield ""
+
+
 def figures() -> str:
-    return "\n".join([*gpus(), *digests()])
+    return "\n".join([*gpus(), *digests(), *cpu()]) + "\n"
 
 
 def main() -> int:
