@@ -156,6 +156,7 @@ class Destination(_End):
         self.version: int | None = None
         self.error: WeightbusError | None = None
         self._before: State = "empty"
+        self._torn: set[str] = set()  # modules that hold a mixture
         self._traces: Traces = {}
         self._loaded: dict[str, str] = {}
         self.snapshot: Snapshot | None = None
@@ -222,6 +223,7 @@ class Destination(_End):
     def perturbed(self) -> None:
         """A test overwrites all weights: they are no version, and only a complete update leads out."""
         self.forget(None)
+        self._torn = set(self._keys(None))
         self.state, self.version = "torn", None
         self.error = TornError("the weights were overwritten for a test")
 
@@ -238,12 +240,19 @@ class Destination(_End):
 
     def after(self, outcome: m.Outcome, version: int, modules: Sequence[str] | None, wrote: bool) -> None:
         """Exactly one of the callbacks ``on_commit``, ``on_torn``, ``on_refused``."""
-        if outcome.ok:
-            self.state, self.version, self.error = "ready", version, None
-            if self._on_commit:
-                self._on_commit(version)
+        if not outcome.ok:
+            self._failed(outcome, f"version {version}", modules, wrote)
             return
-        self._failed(outcome, f"version {version}", modules, wrote)
+        self.version = version
+        self._torn -= set(self._keys(modules))
+        if self._torn:
+            self._tear(
+                f"version {version} is in place, but {', '.join(sorted(self._torn))} still holds a mixture"
+            )
+            return
+        self.state, self.error = "ready", None
+        if self._on_commit:
+            self._on_commit(version)
 
     def after_load(
         self,
@@ -266,6 +275,7 @@ class Destination(_End):
         self.forget(modules)
         label = "" if version is None else f"version {version}, "
         self._loaded |= dict.fromkeys(self._keys(modules), f"{label}loaded from {what}")
+        self._torn -= set(self._keys(modules))
         self.state = "ready" if complete else self._before
         self.version, self.error = version, None
         if self._on_commit:
@@ -274,18 +284,21 @@ class Destination(_End):
     def _failed(self, outcome: m.Outcome, what: str, modules: Sequence[str] | None, wrote: bool) -> None:
         reasons = "; ".join(map(str, outcome.failures))
         if wrote:
-            self.state = "torn"
             self.forget(modules)
-            self.error = TornError(f"{what}: {reasons}")
-            log.error("torn: %s", self.error)
-            if self._on_torn:
-                self._on_torn(self.error)
+            self._torn |= set(self._keys(modules))
+            self._tear(f"{what}: {reasons}")
         else:
             self.state = self._before
             self.error = UpdateError(f"{what} refused: {reasons}")
             log.error("%s", self.error)
             if self._on_refused:
                 self._on_refused(self.error)
+
+    def _tear(self, reason: str) -> None:
+        self.state, self.error = "torn", TornError(reason)
+        log.error("torn: %s", self.error)
+        if self._on_torn:
+            self._on_torn(self.error)
 
 
 def _rereadable(source: Source) -> bool:
