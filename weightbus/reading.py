@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -230,27 +230,50 @@ class _Threads:
     ) -> None:
         """Returns once all pieces are done. Raises what the first one raises, when none is at work any more."""
 
-        def one(piece: Piece) -> int:
+        def one(batch: list[Piece]) -> int:
             worker = self._workers.get()
             try:
-                work(piece, worker)
+                for piece in batch:
+                    work(piece, worker)
             finally:
                 self._workers.put(worker)
-            return piece.nbytes
+            return sum(piece.nbytes for piece in batch)
 
         pool = ThreadPoolExecutor(READERS, "weightbus-file")
         try:
-            for future in [pool.submit(one, piece) for piece in pieces]:
+            futures = [pool.submit(one, batch) for batch in _batches(pieces)]
+            left = set(futures)
+            # Looked at now and then only: each time, this thread takes the interpreter from the readers.
+            while left:
                 self._check()
-                while not wait((future,), LOOK_S).done:
-                    self._check()
-                progress(future.result())
+                done, left = wait(left, LOOK_S, FIRST_EXCEPTION)
+                if any(future.exception() for future in done):
+                    break
+                progress(sum(future.result() for future in done))
+            pool.shutdown(wait=True, cancel_futures=True)
+            for future in futures:
+                if not future.cancelled():
+                    future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             for _ in range(READERS):
                 worker = self._workers.get()
                 worker.drain()
                 self._workers.put(worker)
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Neighbours of a buffer's bytes together: what a thread does at a time."""
+    batch: list[Piece] = []
+    room = BUFFER_BYTES
+    for piece in pieces:
+        if batch and piece.nbytes > room:
+            yield batch
+            batch, room = [], BUFFER_BYTES
+        batch.append(piece)
+        room -= piece.nbytes
+    if batch:
+        yield batch
 
 
 class _Sums:
