@@ -60,6 +60,8 @@ SHARED_BYTES = 64 << 10
 # In a round, the hub and its ranks look for the next message so long before they wait for it: being woken
 # up costs more than all else that they do. Only where there are cores to spare.
 SPIN_S = 0.001 if (os.cpu_count() or 1) >= 8 else 0.0
+
+# The hub does so for longer, as ranks transfer meanwhile; but not while a round only waits for somebody.
 HUB_SPIN_S = 100 * SPIN_S
 
 Handler = Callable[[bytes, Any, float], m.Message | None]
@@ -126,6 +128,7 @@ class Hub:
         self._joined = False
         self._last_peer = 0.0
         self._stopping = False
+        self._spin_until = 0.0
         self._handlers: dict[type[m.Message], Handler] = {
             m.Hello: self._hello,
             m.Beat: self._beat,
@@ -152,7 +155,7 @@ class Hub:
                 poller.register(self._door.socket, zmq.POLLIN)
             next_tick = next_second = 0.0
             while not self._stopping and not self._deserted():
-                until = time.monotonic() + (HUB_SPIN_S if self.coordinator.round is not None else 0.0)
+                until = self._spin_until if self.coordinator.round is not None else 0.0
                 while not self._socket.poll(0):
                     if time.monotonic() >= until:
                         poller.poll(50)
@@ -224,6 +227,8 @@ class Hub:
         answer: m.Message | None
         try:
             message = wire.decode_to_hub(frames)
+            if not isinstance(message, m.Beat):
+                self._spin_until = now + HUB_SPIN_S
             answer = self._handlers[type(message)](identity, message, now)
         except ProtocolError as error:
             answer = self._refused(identity, str(error))

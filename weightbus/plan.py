@@ -55,7 +55,7 @@ class Transfer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """specs: the wire's (destination's dtypes), in order of their names' UTF-8 bytes. waves: in the order
-    of their start, each of at most ``bucket_bytes``, the bytes between slots included."""
+    of their start; in each, what goes through buckets is at most ``bucket_bytes``, gaps included."""
 
     specs: tuple[Spec, ...]
     waves: tuple[tuple[Transfer, ...], ...]
