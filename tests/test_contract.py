@@ -28,6 +28,8 @@ def trainer(rank, size, *, address, kind, device="cpu", dtype=torch.float32, min
         for version in VERSIONS:
             fill(model, values(version, dtype))
             report = publisher.update(version)
+            assert 0 < report.transfer_share <= 1
+            assert report.staging_bytes <= 2 << 18, "two buckets"
             assert report.route == route, report
             verdict = publisher.check()
             reports.append((report.word, report.tensors, verdict.word, str(verdict)))

@@ -75,11 +75,13 @@ class Lanes:
             for lane in self._all:
                 current.wait_stream(lane.stream)
 
-    def drain(self, timeout_s: float) -> None:
-        """Wait until nothing is under way: once the group was aborted, nothing may be written late."""
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is under way, as nothing may be written late; False if that takes longer."""
         deadline = time.monotonic() + timeout_s
-        for lane in self._all:
-            wait_for(lane.mark(), lambda: None, until=deadline)
+        marks = [lane.mark() for lane in self._all]
+        for mark in marks:
+            wait_for(mark, lambda: None, until=deadline)
+        return all(mark is None or mark.query() for mark in marks)
 
 
 def wait_for(

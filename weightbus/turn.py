@@ -509,7 +509,8 @@ class Turn:
         if not outcome.ok and outcome.moved:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
             session.drop_group(abort=True)
-            session.lanes.drain(SLACK_S)
+            if not session.lanes.drain(SLACK_S):
+                log.error("copies of a failed update were still under way after %.0f s", SLACK_S)
             # The epoch is over, and what the plans have mapped may be memory of a rank that has died.
             session.forget_plans()
         if outcome.ok:
