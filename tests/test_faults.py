@@ -90,7 +90,7 @@ def test_a_killed_server_is_named_and_the_next_update_goes_on(address):
     kind, text, seconds = second
     assert kind == "UpdateError"
     assert "replica 1 server rank 0" in text
-    assert "died: not heard" in text
+    assert "died: its connection was closed" in text
     assert seconds < 10
     assert third[:2] == ("verified", 1)
     assert survivor == ("ready", 3, [3.0])

@@ -7,7 +7,9 @@ current device, which the caller sets (``torch.cuda.device``).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -96,11 +98,28 @@ def allocation_of(address: int) -> tuple[int, int]:
     return base.value, nbytes.value
 
 
-def buffer_id(address: int) -> int:
-    """A number that no other allocation of this process ever has; 0 where nothing is allocated."""
-    number = ctypes.c_uint64()
-    status = _library().cuPointerGetAttribute(ctypes.byref(number), _BUFFER_ID, address)
-    return 0 if status else number.value
+class Allocated:
+    """Sees whether allocations are still those that were at these addresses when it was made.
+
+    Each has a number that no other allocation of the process ever has. All that the calls need is prepared.
+    """
+
+    def __init__(self, bases: Sequence[int]) -> None:
+        self._numbers = (ctypes.c_uint64 * len(bases))()
+        first, width = ctypes.addressof(self._numbers), ctypes.sizeof(ctypes.c_uint64)
+        self._calls = [
+            (ctypes.c_void_p(first + i * width), ctypes.c_int(_BUFFER_ID), ctypes.c_uint64(base))
+            for i, base in enumerate(bases)
+        ]
+        self._complete = self._ask()
+        self._expected = bytes(self._numbers)
+
+    def _ask(self) -> bool:
+        """Fill in the numbers; False where nothing is allocated."""
+        return not any(starmap(_library().cuPointerGetAttribute, self._calls))
+
+    def unchanged(self) -> bool:
+        return self._complete and self._ask() and bytes(self._numbers) == self._expected
 
 
 def handle_of(base: int) -> bytes:

@@ -1,8 +1,9 @@
 """The hub: the one address that all ranks and tools talk to. A process of its own, without torch.
 
-``python -m weightbus.hub --address tcp://127.0.0.1:5757``. It owns one ROUTER socket, decodes what
-comes in, lets ``Coordinator`` decide, and sends. Nothing that arrives can end it, and no peer can make
-it wait: it never blocks on a send, and takes messages of all connections in turn.
+``python -m weightbus.hub --address tcp://127.0.0.1:5757``. It owns one ROUTER socket, and a Unix socket for
+ranks of its own host; it decodes what comes in, lets ``Coordinator`` decide, and sends. Nothing that arrives
+can end it, and no peer can make it wait: it never blocks on a send, and takes messages of all connections in
+turn.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from weightbus.door import Door
 from weightbus.errors import HubError, ProtocolError
 from weightbus.guard import OVERHEAD_BYTES, Guard
 from weightbus.keys import Keys, load_keys
+from weightbus.local import LocalServer
 from weightbus.overview import status_of
 from weightbus.protocol import Coordinator
 from weightbus.rendezvous import Rendezvous
@@ -110,6 +112,7 @@ class Hub:
         if self._door:
             self._door.protect(self._socket)
         self._guard = Guard(self._socket)
+        self._local = LocalServer(max_frames=2, max_bytes=m.MAX_FRAME_BYTES, max_unsent=MAX_UNREAD)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -151,15 +154,17 @@ class Hub:
         try:
             poller = zmq.Poller()
             poller.register(self._socket, zmq.POLLIN)
+            poller.register(self._local, zmq.POLLIN)
             if self._door:
                 poller.register(self._door.socket, zmq.POLLIN)
             next_tick = next_second = 0.0
             while not self._stopping and not self._deserted():
                 until = self._spin_until if self.coordinator.round is not None else 0.0
-                while not self._socket.poll(0):
-                    if time.monotonic() >= until:
-                        poller.poll(50)
-                        break
+                if not self._receive_local():
+                    while not (int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN or self._receive_local()):
+                        if time.monotonic() >= until:
+                            poller.poll(50)
+                            break
                 if self._door:
                     self._door.answer()
                 # Bounded, so that a flood does not keep the clock from ticking. The socket itself takes
@@ -184,6 +189,7 @@ class Hub:
 
     def _close(self) -> None:
         self._guard.close()
+        self._local.close_all()
         self._socket.close()
         if self._door:
             self._door.close()
@@ -191,6 +197,7 @@ class Hub:
 
     def _tick(self, now: float) -> None:
         self._guard.look()
+        self._local.expire()
         for peer in self.coordinator.roster.silent(now):
             self._drop(peer, f"died: not heard for {now - peer.heard:.1f} s", now)
         for identity in [i for i, (_, came) in self._asked.items() if now - came > STALLED_S]:
@@ -210,9 +217,24 @@ class Hub:
 
     # -- what comes in -----------------------------------------------------------------------------
 
+    def _receive_local(self) -> bool:
+        """What ranks of this host have sent; whether there was anything. The end of such a rank is known by
+        that of its connection."""
+        found = False
+        for identity, frames in self._local.receive():
+            found = True
+            if frames is not None:
+                self._take(identity, frames)
+                continue
+            gone = next((peer for peer, its in self._identities.items() if its == identity), None)
+            if gone is not None and (peer := self.coordinator.roster.peers.get(gone)) is not None:
+                now = time.monotonic()
+                self._drop(peer, "died: its connection was closed", now)
+                self._flush(now)
+        return found
+
     def _receive(self, frame: zmq.Frame) -> None:
         """One message, of which ``frame`` is the first: the connection's identity."""
-        now = time.monotonic()
         identity, number = frame.bytes, int(frame.get(zmq.SRCFD))
         frames: list[bytes] = []
         nbytes = OVERHEAD_BYTES
@@ -223,6 +245,10 @@ class Hub:
             if len(frames) < 3:
                 frames.append(frame.bytes)
         self._guard.taken[number] += nbytes
+        self._take(identity, frames)
+
+    def _take(self, identity: bytes, frames: list[bytes]) -> None:
+        now = time.monotonic()
         self.counts["messages"] += 1
         answer: m.Message | None
         try:
@@ -273,7 +299,7 @@ class Hub:
         self._hellos[identity] = token, hello
         if len(self._hellos) > MAX_HELLOS:
             self._hellos.popitem(last=False)
-        return m.Welcome(peer=token, hub=self.token, beat_s=BEAT_S)
+        return m.Welcome(peer=token, hub=self.token, beat_s=BEAT_S, local=self._local.name)
 
     def _beat(self, identity: bytes, beat: m.Beat, now: float) -> m.Message | None:
         peers = self.coordinator.roster.peers
@@ -284,7 +310,8 @@ class Hub:
             if isinstance(admitted, m.Refused):
                 admitted.of = "hello"
                 return admitted
-            self._identities[beat.peer] = identity
+            if self._identities.get(beat.peer, b"") not in self._local:
+                self._identities[beat.peer] = identity
             self._joined = True
             log.info("joined: %s", admitted)
             self.coordinator.joined(admitted, now)
@@ -293,7 +320,17 @@ class Hub:
             return self._unknown(identity, beat.peer)
         peer.heard = now
         peer.state, peer.version = beat.state, beat.version
-        return m.Alive(peer=beat.peer, hub=self.token, known=True)
+        alive = m.Alive(peer=beat.peer, hub=self.token, known=True)
+        former = self._identities[beat.peer]
+        if identity not in self._local or former == identity:
+            return alive
+        if former in self._local:
+            return self._unknown(identity, beat.peer)
+        # The answer is the last message by the way so far: so none overtakes another.
+        self._identities[beat.peer] = identity
+        self._local.admit(identity)
+        self._send(former, wire.encode(alive))
+        return None
 
     def _unknown(self, identity: bytes, peer: str) -> m.Alive | None:
         self.counts["unknown"] += 1
@@ -369,7 +406,7 @@ class Hub:
         log.info("%s: %s", peer, reason)
         self.counts["dropped"] += reason != "left"
         del self.coordinator.roster.peers[peer.id]
-        self._identities.pop(peer.id, None)
+        self._local.close(self._identities.pop(peer.id, b""))
         self._pieces.pop(peer.id, None)
         self.coordinator.lost(peer, reason, now)
 
@@ -455,6 +492,9 @@ class Hub:
 
     def _send(self, identity: bytes, frames: list[Any]) -> bool:
         """False if the connection has too much unread. One that is gone is left to its heartbeats."""
+        if identity in self._local:
+            buffers = [frame.buffer if isinstance(frame, zmq.Frame) else frame for frame in frames]
+            return self._local.send(identity, buffers)
         try:
             plain = all(isinstance(frame, bytes) for frame in frames)
             self._socket.send_multipart([identity, *frames], zmq.NOBLOCK, copy=plain)

@@ -100,7 +100,7 @@ class DeviceExport:
                     base, nbytes = driver.allocation_of(address)
                     bases.append(base)
                     sizes[base] = nbytes
-            self._ids = [(base, driver.buffer_id(base)) for base in bases]
+            self._allocated = driver.Allocated(bases)
             allocations = tuple(Allocation(handle=driver.handle_of(base), nbytes=sizes[base]) for base in bases)
 
         def place(part: Part) -> Place:
@@ -117,7 +117,7 @@ class DeviceExport:
 
     def moved(self) -> bool:
         # A tensor's address says too little: freed memory may come back there, as other memory.
-        return any(driver.buffer_id(base) != number for base, number in self._ids)
+        return not self._allocated.unchanged()
 
     def pack(self, names: Collection[str]) -> None:
         """Nothing: readers see the source itself."""

@@ -1,4 +1,4 @@
-"""A rank's connections to the hub: one for messages, one for heartbeats from a thread."""
+"""A rank's connections to the hub: for messages, by a Unix socket on the hub's own host; for heartbeats."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import socket
 import threading
 import time
@@ -16,8 +17,8 @@ from typing import Any
 
 import zmq
 
+from weightbus import local, wire
 from weightbus import messages as m
-from weightbus import wire
 from weightbus.errors import HubError, ProtocolError
 from weightbus.hub import DEAD_AFTER_S
 from weightbus.keys import Keys
@@ -33,6 +34,10 @@ REPLACE_AFTER_S = 1.5
 
 # A hub that takes no further piece of a long message for so long is not there.
 PIECE_S = 10.0
+
+# Of one message of the hub: an offer with all tensors of a request is the longest.
+MAX_FRAMES = 1 << 20
+MAX_BYTES = m.MAX_PAYLOAD_BYTES + m.MAX_MESSAGE_BYTES
 
 # A rank tries for so long to find the hub again before a call fails with HubError.
 REJOIN_S = 60.0
@@ -90,6 +95,13 @@ class Connection:
             return None
         return wire.decode_from_hub(self._socket.recv_multipart())
 
+    def wait(self, other: local.LocalSocket, timeout_s: float) -> None:
+        """Until there is something here or at ``other``."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(other, zmq.POLLIN)
+        poller.poll(max(0, round(timeout_s * 1000)))
+
     def close(self) -> None:
         self._socket.close()
 
@@ -117,6 +129,8 @@ class Link:
         self.context: zmq.Context[Any] = zmq.Context()
         # Its own name for the connection: the hub knows it again when the network has cut it.
         self._connection = Connection(self.context, address, self.keys, secrets.token_bytes(16))
+        # The other way to the hub, and all messages take it where there is one.
+        self._local: local.LocalSocket | None = None
         self._held, self._state = held, state
         self._hellos: dict[str, m.Hello] = {}
         self._inbox: deque[wire.FromHub] = deque()
@@ -185,6 +199,7 @@ class Link:
                 return False
             time.sleep(0.02)
         self._inbox.clear()
+        self._close_local()
         for hello in self._hellos.values():
             hello.held = self._held()
             if self._take(hello, max(deadline, time.monotonic() + 1.0), None) is None:
@@ -214,6 +229,7 @@ class Link:
                 answer = self._await_answer(limit, welcome.peer)
                 if isinstance(answer, m.Alive) and answer.known:
                     self.peer, self._hub = welcome.peer, welcome.hub
+                    self._connect_local(welcome.local)
                     return welcome.beat_s
             now = time.monotonic()
             if not isinstance(answer, m.Refused):
@@ -244,21 +260,48 @@ class Link:
             if answer is not None and not isinstance(answer, m.Welcome | m.Alive | m.Refused):
                 self._inbox.append(answer)
 
+    def _connect_local(self, name: str) -> None:
+        """Talk to the hub through its Unix socket from now on, if it can be reached."""
+        if self._local is not None or not name:
+            return
+        self._local = local.connect(name, max_frames=MAX_FRAMES, max_bytes=MAX_BYTES)
+        if self._local is not None:
+            state, version = self._state()
+            self.send(m.Beat(peer=self.peer, state=state, version=version))
+            # The hub's last message by the way so far.
+            if not isinstance(self._await_answer(time.monotonic() + HELLO_AGAIN_S, self.peer), m.Alive):
+                self._close_local()
+
+    def _close_local(self) -> None:
+        link, self._local = self._local, None
+        if link is not None:
+            link.close()
+
     # -- messages ----------------------------------------------------------------------------------
 
     def send(self, message: m.Message) -> None:
-        self._connection.send(message, self.peer)
+        if self._local is None:
+            self._connection.send(message, self.peer)
+            return
+        try:
+            for frames in wire.encode_to_hub(message, self.peer):
+                self._local.send(frames)
+                deadline = time.monotonic() + PIECE_S
+                while not self._local.flush():
+                    select.select([], [self._local], [], 1.0)
+                    if time.monotonic() > deadline:
+                        raise NotSent(f"could not send {type(message).__name__} to {self.address}")
+        except OSError as error:
+            self._lost = self._lost or f"the hub at {self.address} has closed the connection: {error}"
 
     def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> wire.FromHub | None:
         """The next message, or None after ``timeout_s``. Raises HubLost until ``rejoin`` succeeds."""
-        if self._inbox:
-            return self._inbox.popleft()
         deadline = time.monotonic() + timeout_s
         while True:
-            if self._lost:
+            if self._lost and not self._inbox:
                 raise HubLost(self._lost)
             left = deadline - time.monotonic()
-            answer = self._connection.receive(min(0.5, max(0.0, left)), spin_s=spin_s)
+            answer = self._next(min(0.5, max(0.0, left)), spin_s)
             spin_s = 0.0
             if isinstance(answer, m.Refused):
                 raise ProtocolError(f"the hub at {self.address} refused a message: {answer.reason}")
@@ -272,6 +315,29 @@ class Link:
                 return answer
             if left <= 0:
                 return None
+
+    def _next(self, timeout_s: float, spin_s: float) -> wire.FromHub | None:
+        """One message, by whichever way it comes."""
+        if self._inbox:
+            return self._inbox.popleft()
+        if self._local is None:
+            return self._connection.receive(timeout_s, spin_s=spin_s)
+        until = time.monotonic() + min(spin_s, timeout_s)
+        while not self._look() and time.monotonic() < until:
+            pass
+        if not self._inbox and timeout_s:
+            self._connection.wait(self._local, timeout_s)
+            self._look()
+        return self._inbox.popleft() if self._inbox else self._connection.receive(0)
+
+    def _look(self) -> bool:
+        """Take what has come by the Unix socket; whether there is anything to do."""
+        assert self._local is not None
+        try:
+            self._inbox += map(wire.decode_from_hub, self._local.receive())
+        except OSError as error:
+            self._lost = self._lost or f"the hub at {self.address} has closed the connection: {error}"
+        return bool(self._inbox or self._lost)
 
     def push_back(self, message: wire.FromHub) -> None:
         """The next ``receive`` returns ``message``."""
@@ -290,12 +356,13 @@ class Link:
     def leave(self, role: m.Role) -> None:
         self._hellos.pop(role, None)
         if self.peer and not self._lost:
-            self._connection.send(m.Leave(peer=self.peer, role=role))
+            self.send(m.Leave(peer=self.peer, role=role))
 
     def close(self) -> None:
         self._stop.set()
         if self._beats is not None:
             self._beats.join()
+        self._close_local()
         self._connection.close()
         self.context.term()
 

@@ -105,11 +105,13 @@ class Hello(Message, tag="hello"):
 
 
 class Welcome(Message, tag="welcome"):
-    """``peer``: drawn by the hub at random; every later message of this rank carries it."""
+    """``peer``: drawn by the hub at random; every later message of this rank carries it. local: the name of
+    the hub's Unix socket for ranks of its host; empty if there is none."""
 
     peer: Token
     hub: Token
     beat_s: Seconds
+    local: Token = ""
 
 
 class Refused(Message, tag="refused"):

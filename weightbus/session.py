@@ -22,7 +22,7 @@ from weightbus.bucket import Staging
 from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError, UpdateError
 from weightbus.group import Group
-from weightbus.hub import SPIN_S
+from weightbus.hub import HUB_SPIN_S, SPIN_S
 from weightbus.keys import Keys
 from weightbus.lanes import Lanes
 from weightbus.link import REJOIN_S, HubLost, Link
@@ -163,7 +163,9 @@ class Session:
             turn.look_ahead()
         while True:
             limit_s = turn.limit_s if turn.offer else wait_s
-            message = self.link.receive(limit_s, spin_s=SPIN_S)
+            # The end comes as soon as all are done, and a rank that sleeps hears it late.
+            spin_s = HUB_SPIN_S if turn.seed is not None and turn.copied is None else SPIN_S
+            message = self.link.receive(limit_s, spin_s=spin_s)
             match message:
                 case None:
                     raise HubLost(f"no word from {self.link.address} for {limit_s:.0f} s in an update")

@@ -192,7 +192,8 @@ class Tasks:
             trainers = self._roster.trainers()
             size = next((peer.trainer.size for peer in trainers.values() if peer.trainer), 0)
             if len(trainers) < size or not size:
-                return f"expected all {size} trainer ranks, got {sorted(trainers)}"
+                gone = ", ".join(f"trainer rank {rank}" for rank in sorted(set(range(size)) - trainers.keys()))
+                return f"expected all {size} trainer ranks; {gone or 'all of them'} not joined"
             return [peer.member() for _, peer in sorted(trainers.items())]
         replicas, complete = self._roster.replicas(), self._roster.complete()
         if task.replica is None and len(complete) != 1:
