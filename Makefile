@@ -47,8 +47,9 @@ test: $(SETUP)  ## all tests that this machine can run, two at a time
 test-gpu: $(SETUP)  ## the tests that need CUDA devices, one at a time
 	$(RUN) -m pytest -n 0 -m "cuda or gpus"
 
+# A benchmark that exits with 77 lacks what it compares with.
 bench: $(SETUP)  ## run every benchmark on what this machine has
-	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(RUN) $$script; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(RUN) $$script || [ $$? = 77 ]; done
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build *.egg-info weightbus/digest/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

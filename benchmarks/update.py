@@ -20,7 +20,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import record
 import torch
@@ -114,8 +114,14 @@ class Rank:
 class Bus:
     """weightbus between the two ranks, with a hub of its own."""
 
-    def __init__(self, rank: Rank, tensors: dict[str, Tensor], bucket_bytes: int | None) -> None:
-        self.rank = rank
+    def __init__(
+        self,
+        rank: Rank,
+        tensors: dict[str, Tensor],
+        bucket_bytes: int | None,
+        route: Literal["broadcast", "peer"] = "broadcast",
+    ) -> None:
+        self.rank, self.route = rank, route
         self.version = 0
         address = f"tcp://127.0.0.1:{next(rank._ports)}"
         if rank.sends:
@@ -125,7 +131,7 @@ class Bus:
                 rank=0,
                 size=1,
                 bucket_bytes=bucket_bytes,
-                route="broadcast",
+                route=route,
             )
         else:
             self.end = weightbus.Subscriber(list(tensors.items()), address=address, rank=0, replica_size=1)
@@ -135,7 +141,8 @@ class Bus:
         self.version += 1
         if self.rank.sends:
             report: weightbus.Report = self.end.update(self.version, verify=verify)
-            assert report.word == ("verified" if verify else "unverified"), report
+            word = "verified" if verify else "unverified"
+            assert (report.route, report.word) == (self.route, word), report
             return report
         self._serve()
         return None
@@ -186,10 +193,36 @@ def compare(rank: Rank, model: str, *, masters: bool) -> None:
     for name, bus in buses.items():
         runs[name] = lambda bus=bus: bus.update(False)
         runs[f"{name}, verified"] = lambda bus=bus: bus.update(True)
+    case = "fp32 masters to bf16" if masters else "bf16"
+    rows = take_turns(rank, model, case, tensors, runs)
+    for row in rows:
+        if rank.sends and row["what"].startswith("weightbus"):
+            bus = buses[row["what"].removesuffix(", verified")]
+            row["staging_bytes"] = bus.end._session.staging.nbytes
+    rank.rows += rows
+    last = next(iter(buses.values()))
+    if not masters and "checks" in args.cases:
+        checks = [last.check() for _ in range(args.rounds + 1)][1:]
+        rank.rows.append(
+            {"model": model, "case": "check", "what": "publisher.check()", "nbytes": nbytes}
+            | {"wrong": rank.wrong(model, tensors)}
+            | rank.timings(checks, checks)
+        )
+        rank.rows.append(hashed(rank, model, order))
+    if not masters and "gemm" in args.cases and rank.cuda:
+        rank.rows += beside_gemms(rank, model, last, raw)
+    for bus in buses.values():
+        bus.close()
+
+
+def take_turns(
+    rank: Rank, model: str, case: str, tensors: dict[str, Tensor], runs: dict[str, Callable[[], Any]]
+) -> list[dict[str, Any]]:
+    """A row for each of ``runs``, of which RAW is one: first bits, each run onto zeroed tensors, then times."""
     facts: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         if not rank.sends:
-            for tensor in order:
+            for tensor in tensors.values():
                 tensor.zero_()
         _, peak = rank.peak(run)
         facts[name] = {"wrong": 0 if name == RAW else rank.wrong(model, tensors), "peak_bytes": peak}
@@ -198,26 +231,25 @@ def compare(rank: Rank, model: str, *, masters: bool) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     allocated = dict.fromkeys(runs, 0)
-    for _ in range(args.rounds):
+    for _ in range(rank.args.rounds):
         for name, run in runs.items():
             answer: list[Any] = []
             before = rank.allocations()
             whole = rank.timed(lambda run=run, answer=answer: answer.append(run()))
             allocated[name] += rank.allocations() - before
             report = answer[0]
-            mine = report.seconds if isinstance(report, weightbus.Report) else whole
-            seconds[name].append(rank.both(mine) if name in (RAW, *SCHEMES) else _of_trainer(rank, report))
+            seconds[name].append(_of_trainer(rank, report) if name.startswith("weightbus") else whole)
             if isinstance(report, weightbus.Report):
                 stages[name].append(dict(report.stages))
-    last = next(iter(buses.values()))
     wrong = rank.wrong(model, tensors)
+    rows = []
     for name in runs:
         row = {
             "model": model,
-            "case": "fp32 masters to bf16" if masters else "bf16",
+            "case": case,
             "what": name,
-            "tensors": len(order),
-            "nbytes": nbytes,
+            "tensors": len(tensors),
+            "nbytes": 2 * sum(tensor.numel() for tensor in tensors.values()),
             **facts[name],
             "allocations_while_timed": int(rank.both(allocated[name])),
         }
@@ -225,21 +257,8 @@ def compare(rank: Rank, model: str, *, masters: bool) -> None:
         row |= rank.timings(seconds[name], seconds[RAW])
         if stages[name]:
             row["stages_s"] = {k: statistics.median(s[k] for s in stages[name]) for k in stages[name][0]}
-        if rank.sends and name.startswith("weightbus"):
-            bus = buses[name.removesuffix(", verified")]
-            row["staging_bytes"] = bus.end._session.staging.nbytes
-        rank.rows.append(row)
-    if not masters and "checks" in args.cases:
-        checks = [last.check() for _ in range(args.rounds + 1)][1:]
-        rank.rows.append(
-            {"model": model, "case": "check", "what": "publisher.check()", "nbytes": nbytes, "wrong": wrong}
-            | rank.timings(checks, checks)
-        )
-        rank.rows.append(hashed(rank, model, order))
-    if not masters and "gemm" in args.cases and rank.cuda:
-        rank.rows += beside_gemms(rank, model, last, raw)
-    for bus in buses.values():
-        bus.close()
+        rows.append(row)
+    return rows
 
 
 def _of_trainer(rank: Rank, report: Any) -> float:
