@@ -1,5 +1,5 @@
-"""The compiled part: the CPU digest. It needs a C++17 compiler and no torch headers; where it can't
-be built, weightbus installs without it and digests with torch operations, slower."""
+"""The compiled parts: the CPU digest, and a look at many tensors' addresses. They need a C++17 compiler and no
+torch headers; where they can't be built, weightbus installs without them and is slower."""
 
 from setuptools import Extension, setup
 
@@ -11,6 +11,12 @@ setup(
             depends=["csrc/grid61.h", "csrc/sha256.h"],
             extra_compile_args=["-std=c++17", "-O3"],
             optional=True,
-        )
+        ),
+        Extension(
+            "weightbus._addresses",
+            ["csrc/addresses.cpp"],
+            extra_compile_args=["-std=c++17", "-O3"],
+            optional=True,
+        ),
     ]
 )

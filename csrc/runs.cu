@@ -16,9 +16,9 @@ struct CopyRun {
 
 namespace {
 
-constexpr u32 kBlock = 256;     // threads; as in weightbus/kernel_copies.py
-constexpr u32 kFlight = 4;      // loads of a thread before its first store
-constexpr u32 kTile = 16 * kBlock;  // units
+constexpr u32 kBlock = 256;  // threads; as in weightbus/kernel_copies.py
+constexpr u32 kFlight = 4;   // loads of a thread before its first store
+constexpr u32 kTile = kFlight * kBlock;  // units: short tiles in many blocks keep the memory busiest
 
 struct alignas(16) Unit16 {
   u64 low, high;
@@ -35,18 +35,16 @@ __device__ __forceinline__ void copy_tile(const CopyRun& run, i64 tile) {
   i64 start = run.rows == 1 ? first * (i64)sizeof(Unit) : 0;
   const char* src = (const char*)run.src + start + row * run.src_pitch;
   char* dst = (char*)run.dst + start + row * run.dst_pitch;
-  for (u32 base = threadIdx.x; base < count; base += kBlock * kFlight) {
-    Unit held[kFlight];
+  Unit held[kFlight];
 #pragma unroll
-    for (u32 k = 0; k < kFlight; ++k) {
-      u32 at = base + k * kBlock + column, down = at / width;
-      if (base + k * kBlock < count) held[k] = ((const Unit*)(src + down * run.src_pitch))[at - down * width];
-    }
+  for (u32 k = 0; k < kFlight; ++k) {
+    u32 at = threadIdx.x + k * kBlock + column, down = at / width;
+    if (threadIdx.x + k * kBlock < count) held[k] = ((const Unit*)(src + down * run.src_pitch))[at - down * width];
+  }
 #pragma unroll
-    for (u32 k = 0; k < kFlight; ++k) {
-      u32 at = base + k * kBlock + column, down = at / width;
-      if (base + k * kBlock < count) ((Unit*)(dst + down * run.dst_pitch))[at - down * width] = held[k];
-    }
+  for (u32 k = 0; k < kFlight; ++k) {
+    u32 at = threadIdx.x + k * kBlock + column, down = at / width;
+    if (threadIdx.x + k * kBlock < count) ((Unit*)(dst + down * run.dst_pitch))[at - down * width] = held[k];
   }
 }
 

@@ -21,6 +21,8 @@ LAYERS = {
     1: ("errors", "box", "spec", "facts", "plan", "narrow", "exports", "peer_plan", "runs"),
     2: (
         "part",
+        "_addresses",
+        "torch_addresses",
         "layout",
         "torch_dtensor",
         "torch_module",
@@ -57,6 +59,7 @@ LAYERS = {
         "overview",
         "door",
         "guard",
+        "local",
         "hub",
         "start",
         "link",
@@ -235,7 +238,8 @@ def test_lazy_names_are_what_type_checkers_see() -> None:
 
 
 def test_every_layer_entry_exists() -> None:
-    modules = {name_of(path).partition(".")[2].partition(".")[0] for path in (ROOT / PACKAGE).rglob("*.py")}
+    files = [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / PACKAGE).rglob("*.pyi")]
+    modules = {name_of(path).partition(".")[2].partition(".")[0] for path in files}
     assert sorted(set(LAYER_OF) - modules) == []
 
 

@@ -369,9 +369,7 @@ def test_a_hook_that_raises_leaves_ranks_torn_until_a_whole_load(address, tmp_pa
 def widow(rank, size, *, address, folder):
     model = Breaks(rank, dies=True)
     with weightbus.Subscriber(model, address=address, rank=rank, replica_size=size) as subscriber:
-        with pytest.raises(
-            weightbus.TornError, match=r"replica 0 server rank 1 .*died: its connection"
-        ):
+        with pytest.raises(weightbus.TornError, match=r"replica 0 server rank 1 .*died: its connection"):
             subscriber.update_from_disk(folder, timeout_s=20)
         return subscriber.state
 

@@ -16,7 +16,7 @@ import torch
 from weightbus.runs import Run
 
 _BLOCK = 256  # kBlock in csrc/runs.cu
-_TILE_UNITS = 16 * _BLOCK
+_TILE_UNITS = 4 * _BLOCK  # kTile there
 _WIDEST_UNIT = 16
 # Columns of a row of the table, struct CopyRun in csrc/runs.cu.
 _COLUMNS = 8

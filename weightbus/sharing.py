@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,17 @@ from weightbus.exports import Exports, Reach, encode_exports
 from weightbus.ipc import Export, Import, Parts, export_parts, import_exports
 from weightbus.lanes import Mark, wait_for
 from weightbus.peer_plan import PeerPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a trainer rank has seen of its export in an update. gone: readers would see other memory.
+
+    filled: reached once the source is complete.
+    """
+
+    gone: bool
+    filled: Mark
 
 
 class Sharing:
@@ -25,7 +37,6 @@ class Sharing:
         self.imports: dict[int, Import] = {}
         self._export: Export | None = None
         self._read: frozenset[str] = frozenset()
-        self._gone: bool | None = None
 
     def export(self, parts: Parts) -> bytes:
         """A trainer rank's exports of its parts, or the reason why there are none."""
@@ -61,32 +72,34 @@ class Sharing:
             if piece.src == rank and reader != rank
         )
 
-    def look(self) -> None:
-        """Notice now, while there is time, whether what was exported is gone; the next ``ready`` says so."""
-        self._gone = self._export is not None and self._export.moved()
-
-    def ready(self, timeout_s: float, filled: Mark) -> bool:
-        """Make what others are about to read complete; False where they would read what is no longer there.
+    def look(self, filled: Mark = None) -> Look:
+        """The first half of ``ready``, while there is time: the source's state, and when it is complete.
 
         filled: when it is, if that is known; else once the current stream has done what it was given.
-        Raises UpdateError if the source's own stream takes longer.
         """
         if self._export is None:
-            return True
-        gone, self._gone = self._gone, None
-        if self._export.moved() if gone is None else gone:
+            return Look(gone=False, filled=None)
+        if filled is None and self.device.type == "cuda":
+            filled = torch.cuda.current_stream(self.device).record_event()
+        return Look(gone=self._export.moved(), filled=filled)
+
+    def ready(self, look: Look, timeout_s: float) -> bool:
+        """Make what others are about to read complete; False where they would read what is no longer there.
+
+        Raises UpdateError if the source's own stream takes longer.
+        """
+        if look.gone:
             return False
+        if self._export is None:
+            return True
         self._export.pack(self._read)
-        if self.device.type == "cuda":
-            deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
 
-            def check() -> None:
-                if time.monotonic() > deadline:
-                    raise UpdateError(f"source: expected its stream to be done within {timeout_s:.0f} s")
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise UpdateError(f"source: expected its stream to be done within {timeout_s:.0f} s")
 
-            if filled is None:
-                filled = torch.cuda.current_stream(self.device).record_event()
-            wait_for(filled, check)
+        wait_for(look.filled, check)
         return True
 
     def close(self) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from weightbus.errors import SpecError
+from weightbus.torch_addresses import Addresses
 from weightbus.torch_dtensor import is_dtensor, local_tensor
 
 WRAPPER_KEYS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -103,11 +103,6 @@ class _Places:
         return list(map(local_tensor, self.tensors)) if self.sharded else self.tensors
 
 
-# In torch's builds for CUDA: whether tensors lie at these addresses, in one call. A method's call for each of
-# 20,000 takes milliseconds of every update.
-_same_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-
-
 class Watch:
     """Sees whether tensors are still the objects, at the addresses, that a layout was made of.
 
@@ -137,7 +132,7 @@ class Watch:
         self._counts = [len(held) for _, held in self._dicts]
         self._fsdp = [module for _, module in modules if isinstance(module, FSDPModule)]
         self._places = [_Places.of(sharded, tensors) for sharded in (False, True)]
-        self._addresses = [[view.data_ptr() for view in places.views] for places in self._places]
+        self._addresses = [Addresses(places.now()) for places in self._places]
         self.tensors = [tensor for _, tensor in tensors]
 
     def changed(self) -> str | None:
@@ -161,11 +156,6 @@ class Watch:
             known = {key for held, key in zip(self._held, self._keys, strict=True) if held is changed}
             return prefix + next(key for key in changed if key not in known)
         for places, addresses in zip(self._places, self._addresses, strict=True):
-            now = places.now()
-            if _same_addresses is not None and _same_addresses(now, addresses, list(range(len(now)))):
-                continue
-            found = list(map(Tensor.data_ptr, now))
-            if found != addresses:
-                rows = zip(places.names, found, addresses, strict=True)
-                return next(name for name, address, before in rows if address != before)
+            if (index := addresses.moved(places.now())) is not None:
+                return places.names[index]
         return None

@@ -22,7 +22,7 @@ from weightbus.ledger import Ledger, Record
 from weightbus.peer import CompiledPeer, Peer
 from weightbus.plan import Want, merge_sources
 from weightbus.planned import Planned, Settings, Survey, make_planned
-from weightbus.sharing import Sharing
+from weightbus.sharing import Look, Sharing
 from weightbus.witness import Evidence, answer, clue, hidden_sums, spoiled, tensor_sums
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Turn:
         self.session, self.progress, self.copied = session, progress, copied
         self.offer: m.Offer | None = None
         self._looked = False
+        self._seen: tuple[Sharing, Look] | None = None  # of the plan that ran last, looked at ahead
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
@@ -144,9 +145,12 @@ class Turn:
         planned = self._planned
         filled = self.copied.filled if self.copied else None
         try:
-            if planned is not None and not planned.sharing.ready(self._offer.ready_s, filled):
-                self.session.forget_plan(self._offer.plan)
-                planned = None
+            if planned is not None:
+                sharing = planned.sharing
+                look = self._seen[1] if self._seen and self._seen[0] is sharing else sharing.look(filled)
+                if not sharing.ready(look, self._offer.ready_s):
+                    self.session.forget_plan(self._offer.plan)
+                    planned = None
         except Exception as error:
             return self._refuse(error)
         self.session.link.send(
@@ -199,8 +203,9 @@ class Turn:
         with contextlib.suppress(WeightbusError):
             self._look_at_source()
             self._looked = True
-        if self.session.recent is not None:
-            self.session.recent.sharing.look()
+        if self.session.recent is not None and self.copied is None:
+            sharing = self.session.recent.sharing
+            self._seen = sharing, sharing.look()
 
     def _look_at_source(self) -> None:
         session = self.session
