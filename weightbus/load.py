@@ -221,7 +221,7 @@ class Load:
 
     def _prove(self) -> None:
         """Digest what is live now, where it has the stored dtype, and compare with what was checked."""
-        by_device: dict[torch.device, list[tuple[int, Part]]] = {}
+        rows: list[tuple[int, Part]] = []
         for number in self._sums:
             read = self._reads[number]
             if read.view is None:
@@ -229,15 +229,11 @@ class Load:
             if read.view.dtype != torch_dtype(read.stored.spec.dtype):
                 self.arrived[read.stored.spec.name] = f"cast from {read.stored.spec.dtype} in the file"
                 continue
-            part = Part(spec=read.stored.spec, box=read.box, tensor=read.view)
-            by_device.setdefault(read.view.device, []).append((number, part))
-        for rows in by_device.values():
-            sums = Digester([part for _, part in rows]).sums(STABLE_SEED).tolist()
-            for (number, part), (a, b) in zip(rows, sums, strict=True):
-                if (a, b) != self._sums[number]:
-                    raise DigestError(
-                        f"{part.spec.name}: expected {part.box} live as it was read, got other bytes"
-                    )
+            rows.append((number, Part(spec=read.stored.spec, box=read.box, tensor=read.view)))
+        sums = Digester([part for _, part in rows]).sums(STABLE_SEED).tolist()
+        for (number, part), (a, b) in zip(rows, sums, strict=True):
+            if (a, b) != self._sums[number]:
+                raise DigestError(f"{part.spec.name}: expected {part.box} live as it was read, got other bytes")
 
     def finish(self, gathered: m.Gathered) -> None:
         raise AssertionError("a load ends when it is written")
