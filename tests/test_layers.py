@@ -74,6 +74,7 @@ LAYERS = {
         "disk",
         "digest_list",
         "payload",
+        "shared_payload",
         "reading",
         "tasks",
         "asking",

@@ -80,8 +80,9 @@ class UpdateFromDisk(_Body):
 
 
 class UpdateFromTensor(_Body):
-    """serialized_named_tensors: base64 of safetensors bytes, or a map of modules to such; one for all ranks, or
-    one for each. target_modules: null is the only module, or ``transformer``."""
+    """serialized_named_tensors: base64 of safetensors bytes or, with the load_format ``shared``, of what
+    ``weightbus.share_tensors`` makes on the ranks' host; or a map of modules to such; one for all ranks, or one
+    for each. target_modules: null is the only module, or ``transformer``."""
 
     serialized_named_tensors: Annotated[list[Payload], Field(min_length=1, max_length=4096)]
     load_format: m.PayloadFormat | None = None
@@ -399,7 +400,7 @@ def _frames(payloads: Sequence[Payload]) -> tuple[list[m.Frame], list[bytes]]:
             try:
                 data = base64.b64decode(text.encode("ascii"), validate=True)
             except (binascii.Error, UnicodeEncodeError) as error:
-                raise _Refusal(f"{where}: expected base64 of safetensors bytes, got {error}") from error
+                raise _Refusal(f"{where}: expected base64 of a payload, got {error}") from error
             refuse_pickle(where, data)
             if len(data) > m.MAX_MESSAGE_BYTES:
                 raise _Refusal(f"{where}: expected at most {m.MAX_MESSAGE_BYTES} bytes, got {len(data)}")
