@@ -152,6 +152,7 @@ def test_a_check_names_each_difference(
         ("", "saved.json: expected a list that"),
         ('{"format": "weightbus digest 1", "model": "", "tensors": {"w": {}}}', r"\$.tensors"),
         ('{"format": "weightbus digest 2", "model": "", "tensors": {}}', "expected format"),
+        ('{"format": "\xff", "model": "", "tensors": {}}', "saved.json: expected a list that"),  # no UTF-8
         (None, "saved.json: expected a readable file"),
     ],
 )
@@ -160,7 +161,7 @@ def test_a_bad_list_is_refused(
 ) -> None:
     saved = tmp_path / "saved.json"
     if text is not None:
-        saved.write_text(text)
+        saved.write_bytes(text.encode("latin-1"))
     assert cli.main(["digest", str(folder), "--check", str(saved)]) == 2
     out, err = capsys.readouterr()
     assert out == ""

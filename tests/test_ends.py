@@ -17,6 +17,7 @@ def test_only_updates_of_all_torn_modules_lead_out_of_torn():
     heard = []
     end = Destination(
         {"transformer": nn.Linear(2, 2), "vae": nn.Linear(2, 2), "encoder": nn.Linear(2, 2)},
+        device=None,
         name_map=None,
         local=(),
         derived=(),

@@ -75,6 +75,14 @@ def test_malformed_exports_are_refused_with_their_path(raw: dict[str, object], p
         decode_exports(msgspec.msgpack.encode(raw), FACTS, "trainer rank 0")
 
 
+def test_text_that_is_no_utf8_is_refused() -> None:
+    blob = encode_exports(GOOD).replace(b"one", b"\xff" * 3)
+    with pytest.raises(SpecError, match="exports of trainer rank 0: "):
+        decode_exports(blob, FACTS, "trainer rank 0")
+    with pytest.raises(SpecError, match="reach of server rank 1: "):
+        decode_reach(encode_exports(Reach(reason="no")).replace(b"no", b"\xff" * 2), "server rank 1")
+
+
 def test_a_place_for_each_box() -> None:
     blob = encode_exports(msgspec.structs.replace(GOOD, places={}))
     with pytest.raises(SpecError, match="w: expected 1 places, got 0; exports of trainer rank 0"):

@@ -24,19 +24,20 @@ from schemathesis import GenerationMode
 import weightbus
 from weightbus import cli, http
 from weightbus.hub import Hub
+from weightbus.keys import generate, load_keys
 
 # Of each route; WEIGHTBUS_FUZZ=1000 for a long run.
 EXAMPLES = int(os.environ.get("WEIGHTBUS_FUZZ", "15"))
 
 
 @contextlib.contextmanager
-def living(modules):
+def living(modules, keys=None):
     """A hub and one server rank, in threads; gives the hub's address."""
     address = free_address()
-    hub = Hub(address)
+    hub = Hub(address, keys=load_keys(keys) if keys else None)
     threads = [threading.Thread(target=hub.serve)]
     threads[0].start()
-    subscriber = weightbus.Subscriber(modules, address=address, rank=0, replica_size=1)
+    subscriber = weightbus.Subscriber(modules, address=address, rank=0, replica_size=1, keys=keys)
     threads.append(threading.Thread(target=subscriber.serve))
     threads[1].start()
     try:
@@ -160,6 +161,36 @@ def test_the_shell_loads_and_says_how_it_ended(tmp_path, capsys):
         assert "unet: expected a module among transformer, vae, text_encoder" in said
     assert cli.main(["update-from-disk", str(good), "--hub", "tcp://127.0.0.1:1"]) == 2
     assert "no hub listens at tcp://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_with_keys_the_shell_loads_and_the_routes_answer(tmp_path, capsys, monkeypatch):
+    good, keys = write_pipeline(tmp_path / "three", 3), tmp_path / "keys"
+    generate(keys)
+    served = []
+    monkeypatch.setattr(http.uvicorn, "run", lambda app, **options: served.append(app))
+    with living(pipeline(), keys) as address:
+        load = ["update-from-disk", str(good), "--hub", address, "--keys", str(keys)]
+        assert cli.main(load) == 0, capsys.readouterr().err
+        assert cli.main(["http", "--hub", address, "--keys", str(keys)]) == 0
+        with TestClient(served[0]) as client:
+            assert client.get("/health").json()["message"] == "replica 0: 1 of 1 ranks, ready"
+        monkeypatch.setattr("weightbus.asking.ANSWER_S", 1.0)
+        with TestClient(http.create_app(address)) as client:  # without keys
+            assert client.get("/health").status_code == 503
+
+
+@pytest.mark.parametrize(
+    "command", [["http"], ["update-from-disk", "/models"]], ids=["http", "update-from-disk"]
+)
+def test_to_other_hosts_the_shell_needs_keys(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(http.uvicorn, "run", lambda app, **options: None)
+    monkeypatch.setattr("weightbus.asking.listens", lambda address: False)
+    assert cli.main([*command, "--hub", "tcp://192.0.2.1:5757"]) == 2
+    assert "address: expected a loopback address, or keys" in capsys.readouterr().err
+    assert cli.main([*command, "--keys", str(tmp_path)]) == 2
+    assert "expected hub.public and client.secret" in capsys.readouterr().err
+    cli.main([*command, "--hub", "tcp://192.0.2.1:5757", "--insecure"])
+    assert "expected a loopback address" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [None, "Bearer ", "Bearer wrong", "Basic right", "right", "Bearer rightt"])

@@ -77,6 +77,7 @@ LAYERS = {
         "disk",
         "digest_list",
         "payload",
+        "shared_payload",
         "reading",
         "tasks",
         "asking",

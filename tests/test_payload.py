@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_two_payloads_for_one_module_are_refused():
     frames = [m.Frame(place=0, module=module, nbytes=1) for module in (None, "transformer")]
     data = save(TENSORS)
     with pytest.raises(SpecError, match="transformer: expected one payload for each module, got two"):
-        stored_payloads(frames, [data, data], m.LoadTask(), MODULES)
+        stored_payloads(frames, [data, data], m.LoadTask(), MODULES, lambda where, payload: ({}, {}))
 
 
 def test_payloads_must_be_those_announced():
@@ -184,7 +185,12 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# WEIGHTBUS_FUZZ=1000 for a long run.
+FUZZ = settings(
+    max_examples=int(os.environ.get("WEIGHTBUS_FUZZ", "100")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 @FUZZ

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import Job, run_jobs
 
 import weightbus
-from weightbus.peer import Peer
+from weightbus.box import Box
+from weightbus.exports import Place
+from weightbus.peer import Peer, Wave, _Compiler
 
 SIZES = {"a": (512, 1024), "b": (300,), "c": (64, 64)}
 
@@ -293,3 +297,34 @@ def test_updates_and_restarts_return_to_their_level(address, device):
     if device == "cuda":
         assert abs(left[-1][2] - left[1][2]) <= 64, left  # free MiB of the GPU
     assert set(os.listdir("/dev/shm")) <= shm
+
+
+def test_copies_to_host_memory_are_told_so(monkeypatch):
+    """A kernel can't write there, and a two-dimensional copy has to be told what is not pinned."""
+
+    def flat(dst, src, nbytes, stream):
+        ctypes.memmove(dst, src, nbytes)
+        return 0
+
+    def rows(pointer, stream):
+        copy = pointer.contents
+        assert (copy.src_type, copy.dst_type, copy.dst) == (4, 1, 0)
+        for row in range(copy.height):
+            ctypes.memmove(copy.dst_host + row * copy.dst_pitch, copy.src + row * copy.src_pitch, copy.width)
+        return 0
+
+    library = SimpleNamespace(cuMemcpyAsync=flat, cuMemcpy2DAsync_v2=rows)
+    monkeypatch.setattr("weightbus.driver._library", lambda: library)
+    source, target = torch.arange(48.0).view(6, 8), [torch.zeros(6, 8), torch.zeros(6, 5)]
+    opened = SimpleNamespace(near=True, addresses=[source.data_ptr()])
+    place = Place(allocation=0, offset=0, strides=(8, 1))
+    wave = Wave()
+    for dst, box, offset in ((target[0], Box((0, 0), (6, 8)), 0), (target[1], Box((0, 3), (6, 5)), 12)):
+        _Compiler._add_imported(wave, opened, place, offset, dst, box)
+    assert not wave.near
+    wave.seal(torch.device("cpu"))
+    assert wave.to_host
+    for copies in wave.by_engine:
+        copies.start(SimpleNamespace(cuda_stream=0))
+    assert torch.equal(target[0], source)
+    assert torch.equal(target[1], source[:, 3:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -212,3 +213,29 @@ def test_waves_are_no_longer_than_a_bucket_elsewhere(job):
     waves = waves_of(**job)
     assert max(waves) <= 16 * MIB
     assert min(waves[2:-1]) >= 1 * MIB
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([["w", "int3", [4], [], True, ""]], "w: unknown dtype 'int3' in the facts of a test"),
+        ([["w", "int8", [4], [[[0], [5]]], True, ""]], r"w: box \[0:5\] lies outside \[4\]; facts of a test"),
+        (
+            [["w", "int8", [4], [[[0], []]], True, ""]],
+            r"w: expected an offset for each size, got \(0,\) and \(\)",
+        ),
+        ([["w", "int8", [4], [], True, ""]] * 2, "w: named twice in the facts of a test"),
+        ([["w"]], "facts of a test: .* at `"),
+        ([[b"\xff", "int8", [4], [], True, ""]], "facts of a test: "),
+    ],
+)
+def test_facts_that_make_no_sense_are_refused(rows, expected):
+    with pytest.raises(SpecError, match=expected):
+        decode_facts(msgspec.msgpack.encode(rows), "a test")
+
+
+def test_text_that_is_no_utf8_is_refused():
+    blob = encode_facts(holding("name"))
+    for bad in (blob.replace(b"name", b"\xff" * 4), blob[:-1]):
+        with pytest.raises(SpecError, match="facts of a test: "):
+            decode_facts(bad, "a test")

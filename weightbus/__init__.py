@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from weightbus.sha256_check import Sha256Verdict as Sha256Verdict
     from weightbus.sha256_check import check_sha256 as check_sha256
     from weightbus.sha256_ranks import whole_sha256 as whole_sha256
+    from weightbus.shared_payload import SharedTensors as SharedTensors
+    from weightbus.shared_payload import share_tensors as share_tensors
     from weightbus.subscriber import Subscriber as Subscriber
 
 __version__ = "0.1.0"
@@ -64,6 +66,7 @@ _PUBLIC = {
     "sha256": ["module_sha256", "named_sha256", "tensor_sha256"],
     "sha256_check": ["Sha256Verdict", "check_sha256"],
     "sha256_ranks": ["whole_sha256"],
+    "shared_payload": ["SharedTensors", "share_tensors"],
     "subscriber": ["Subscriber"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -26,9 +26,9 @@ class Asking:
     """One client of the hub at ``address``, which is no rank: it never says hello."""
 
     def __init__(self, address: str, keys: Keys | None = None) -> None:
-        """keys: as the publisher's; from the environment by default. Raises HubError where nothing listens at
-        ``address``, or where it needs keys and there are none."""
-        keys = keys or load_keys(None)
+        """keys: from the environment by default. Raises HubError where nothing listens at ``address``, or where
+        it needs keys and there are none."""
+        keys = keys or load_keys()
         keys.check(address)
         if not listens(address):
             raise HubError(f"no hub listens at {address}")

@@ -18,7 +18,8 @@ class Broadcast:
     """One rank's execution of one plan.
 
     On CUDA all is put into lanes at once, ordered by events alone, and the host then waits for the marks. On
-    the CPU the group's own thread sends some waves while the host packs, installs and digests others.
+    the CPU, and where a GPU's bytes go on to host memory, some waves are sent while the host installs and
+    digests others.
     """
 
     def __init__(
@@ -33,6 +34,12 @@ class Broadcast:
         self.compiled, self.group, self.lanes, self.hooks = compiled, group, lanes, hooks
         self.sent, self.live = sent, live
         self.wrote = False
+        # Waves after which the host waits, as it reads what they bring.
+        self._landing = {
+            index
+            for index, wave in enumerate(compiled.waves)
+            if wave.unpack.to_host or any(hooks[name].to_host for name in wave.assembled)
+        }
         self._ended: list[Mark] = []
         self._digested: dict[int, Mark] = {}
         # Told the name of a stage and when a piece of it began, at its end; on CUDA the host's time.
@@ -58,7 +65,7 @@ class Broadcast:
         lanes, compiled = self.lanes, self.compiled
         lanes.begin(after)
         try:
-            ahead = 0 if lanes.overlap else compiled.depth - 1
+            ahead = 0 if lanes.overlap and not self._landing else compiled.depth - 1
             pending: deque[tuple[int, Wave, list[Any], Mark]] = deque()
             for index, wave in enumerate(compiled.waves):
                 check()
@@ -136,11 +143,11 @@ class Broadcast:
             self.clock("send", begun)
             begun = time.monotonic()
             wave.unpack.run()
-            if wave.unpack.to_host:
-                lanes.install.stream.synchronize()
             for name in wave.assembled:
                 self._install(name, seed)
         self._ended.append(lanes.install.mark())
+        if index in self._landing:
+            wait_for(self._ended[index], check)
         self.clock("install", begun)
         if seed:
             begun = time.monotonic()

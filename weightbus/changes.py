@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
-
 from weightbus.box import Box
 from weightbus.digest import Digest, Digester, P
 from weightbus.digest.grid61 import check_seed
 from weightbus.errors import SpecError
 from weightbus.layout import Source, layout_of
-from weightbus.part import Part
 
 SHOWN = 5
 
@@ -88,23 +85,20 @@ def snapshot(source: Source, *, seed: bytes | None = None, persistent_only: bool
     """
     seed = check_seed(secrets.token_bytes(32) if seed is None else seed)
     layout = layout_of(source, persistent_only=persistent_only)
-    by_device: dict[torch.device, list[Part]] = {}
-    for part in chain.from_iterable(layout.parts.values()):
-        by_device.setdefault(part.tensor.device, []).append(part)
+    parts = list(chain.from_iterable(layout.parts.values()))
     sums = {name: (0, 0) for name in layout.parts}
-    for parts in by_device.values():
-        for part, (lane0, lane1) in zip(parts, Digester(parts).sums(seed).tolist(), strict=True):
-            a, b = sums[part.spec.name]
-            sums[part.spec.name] = (a + lane0) % P, (b + lane1) % P
+    for part, (lane0, lane1) in zip(parts, Digester(parts).sums(seed).tolist(), strict=True):
+        a, b = sums[part.spec.name]
+        sums[part.spec.name] = (a + lane0) % P, (b + lane1) % P
     digests = {
         name: Digest(
             sums=sums[name],
             dtype=layout.specs[name].dtype,
             shape=layout.specs[name].shape,
-            boxes=tuple(part.box for part in parts),
+            boxes=tuple(part.box for part in held),
             seed=seed,
         )
-        for name, parts in layout.parts.items()
+        for name, held in layout.parts.items()
     }
     return Snapshot(digests=digests, aliases=layout.aliases, seed=seed, persistent_only=persistent_only)
 

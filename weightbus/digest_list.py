@@ -51,7 +51,7 @@ def load_saved(path: Path) -> Saved:
         saved = msgspec.json.decode(path.read_bytes(), type=Saved)
     except OSError as error:
         raise SpecError(f"{path}: expected a readable file, got {error.strerror or error}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SpecError(
             f"{path}: expected a list that `weightbus digest --save` wrote, got: {error}"
         ) from error

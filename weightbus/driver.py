@@ -19,7 +19,7 @@ from weightbus.runs import Run
 
 _LAZY_ENABLE_PEER_ACCESS = 1
 _BUFFER_ID = 7  # of CUpointer_attribute
-_UNIFIED = 4  # of CUmemorytype: the driver sees from the address where it lies
+_HOST, _UNIFIED = 1, 4  # of CUmemorytype; unified: the driver sees from the address where it lies
 
 
 class DriverError(WeightbusError):
@@ -153,8 +153,8 @@ def close_handle(address: int) -> None:
 class EngineCopies:
     """Copies between addresses, one call of the driver for each; prepared once."""
 
-    def __init__(self, runs: list[Run]) -> None:
-        """runs: offsets are whole addresses."""
+    def __init__(self, runs: list[Run], *, to_host: bool = False) -> None:
+        """runs: offsets are whole addresses. to_host: destinations are the host's memory, pinned or not."""
         self._calls: list[tuple[Any, tuple[Any, ...]]] = []
         library = _library()
         for run in runs:
@@ -165,8 +165,9 @@ class EngineCopies:
                 src_type=_UNIFIED,
                 src=run.src,
                 src_pitch=run.src_pitch,
-                dst_type=_UNIFIED,
-                dst=run.dst,
+                dst_type=_HOST if to_host else _UNIFIED,
+                dst_host=run.dst if to_host else None,
+                dst=0 if to_host else run.dst,
                 dst_pitch=run.dst_pitch,
                 width=run.width,
                 height=run.rows,

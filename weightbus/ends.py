@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -97,13 +98,16 @@ class Origin(_End):
             self._told = self.layout, {}
         key = None if modules is None else tuple(modules)
         if key not in self._told[1]:
-            layout = self.layout.select(modules)
+            layout, device = self.layout.select(modules), self.layout.device
             blob = encode_facts(
                 {
                     name: Holding(
                         spec=spec,
                         boxes=tuple(part.box for part in layout.parts[name]),
-                        in_place=all(part.tensor.is_contiguous() for part in layout.parts[name]),
+                        in_place=all(
+                            part.tensor.is_contiguous() and part.tensor.device == device
+                            for part in layout.parts[name]
+                        ),
                     )
                     for name, spec in layout.specs.items()
                 }
@@ -134,6 +138,7 @@ class Destination(_End):
         self,
         source: Source,
         *,
+        device: torch.device | str | None,
         name_map: NameMap | None,
         local: Sequence[str],
         derived: Sequence[str],
@@ -147,6 +152,7 @@ class Destination(_End):
         super().__init__(source)
         for one, other in self.layout.overlapping():
             raise SpecError(f"{one}: shares part of its storage with {other}; expected one or the other")
+        self.device = _device(self.layout, device)
         self._name_map, self._local, self._derived = name_map, local, derived
         self._trust_traces = trust_traces
         self.cpu_group = cpu_group
@@ -174,6 +180,7 @@ class Destination(_End):
             derived=self._derived,
             loaders=self._loaders(),
             trust_traces=self._trust_traces,
+            device=self.device,
             traces=self._traces,
         )
 
@@ -299,6 +306,18 @@ class Destination(_End):
         log.error("torn: %s", self.error)
         if self._on_torn:
             self._on_torn(self.error)
+
+
+def _device(layout: Layout, given: torch.device | str | None) -> torch.device:
+    """Where the bytes of updates arrive. Raises SpecError for another one than that of the layout's tensors."""
+    if given is None:
+        return layout.device
+    device = torch.device(given)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if layout.device.type != "cpu" and device != layout.device:
+        raise SpecError(f"device: expected {layout.device}, where tensors of the target lie, got {device}")
+    return device
 
 
 def _rereadable(source: Source) -> bool:

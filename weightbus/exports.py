@@ -78,7 +78,7 @@ def decode_exports(blob: bytes, facts: Facts, sender: str) -> Exports:
         return Exports(reason=f"{sender} exports nothing")
     try:
         exports = _exports.decode(blob)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"exports of {sender}: {error}") from error
     if exports.reason:
         return Exports(reason=exports.reason)
@@ -107,7 +107,7 @@ def decode_reach(blob: bytes, sender: str) -> Reach:
         return Reach(reason=f"{sender} has not tried")
     try:
         return _reach.decode(blob)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"reach of {sender}: {error}") from error
 
 

@@ -72,7 +72,7 @@ def decode_facts(blob: bytes, sender: str) -> dict[str, Holding]:
     """Raises SpecError, naming ``sender``, where the bytes are not facts that make sense."""
     try:
         rows = _decoder.decode(blob)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"facts of {sender}: {error}") from error
     facts: dict[str, Holding] = {}
     for row in rows:
@@ -82,7 +82,10 @@ def decode_facts(blob: bytes, sender: str) -> dict[str, Holding]:
         if row.dtype not in ITEMSIZE:
             raise SpecError(f"{row.name}: unknown dtype {row.dtype!r} in the facts of {sender}")
         for box in boxes:
-            if len(box.offsets) != len(box.sizes) or not box.inside(row.shape):
+            if len(box.offsets) != len(box.sizes):
+                text = f"{row.name}: expected an offset for each size, got {box.offsets} and {box.sizes}"
+                raise SpecError(f"{text}; facts of {sender}")
+            if not box.inside(row.shape):
                 raise SpecError(f"{row.name}: box {box} lies outside {list(row.shape)}; facts of {sender}")
         spec = Spec(name=row.name, dtype=row.dtype, shape=row.shape)
         facts[row.name] = Holding(spec=spec, boxes=boxes, in_place=row.in_place, why_arrived=row.why_arrived)

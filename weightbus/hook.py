@@ -48,6 +48,11 @@ class Hook:
         return {} if isinstance(self.effects, str) else self.effects
 
     @property
+    def to_host(self) -> bool:
+        """Whether it may write to host memory, for which a stream's work has to be waited for."""
+        return any(tensor.device.type == "cpu" for tensor in self.parameters.values())
+
+    @property
     def code(self) -> str:
         """``weight_loader`` or ``load_weights``."""
         return self.what.split(" of ", 1)[0]

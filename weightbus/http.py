@@ -36,6 +36,7 @@ from weightbus import messages as m
 from weightbus.asking import Asking
 from weightbus.disk import check_inside
 from weightbus.errors import HubError, SpecError, WeightbusError
+from weightbus.keys import Keys, load_keys
 from weightbus.payload import refuse_pickle
 
 DEFAULT_PORT = 5780
@@ -79,8 +80,9 @@ class UpdateFromDisk(_Body):
 
 
 class UpdateFromTensor(_Body):
-    """serialized_named_tensors: base64 of safetensors bytes, or a map of modules to such; one for all ranks, or
-    one for each. target_modules: null is the only module, or ``transformer``."""
+    """serialized_named_tensors: base64 of safetensors bytes or, with the load_format ``shared``, of what
+    ``weightbus.share_tensors`` makes on the ranks' host; or a map of modules to such; one for all ranks, or one
+    for each. target_modules: null is the only module, or ``transformer``."""
 
     serialized_named_tensors: Annotated[list[Payload], Field(min_length=1, max_length=4096)]
     load_format: m.PayloadFormat | None = None
@@ -204,6 +206,8 @@ def _validation(error: Mapping[str, Any]) -> str:
 def router(
     address: str,
     *,
+    keys: Keys | str | os.PathLike[str] | None = None,
+    insecure: bool = False,
     replica: int | None = None,
     token: str | None = None,
     roots: Sequence[str | Path] = (),
@@ -214,11 +218,14 @@ def router(
 ) -> APIRouter:
     """The routes, to mount: ``app.include_router(weightbus.http.router(address, roots=["/models"]))``.
 
-    address: the hub's. replica: whose ranks they are for; None is the only one. token: asked for as a bearer
-    token, if given. roots: directories in which a ``model_path`` may lie, symbolic links followed; with none,
-    loads from disk are refused. max_body_bytes: of a request. wait_s: for updates and other requests to end;
-    run_s: for each step of a load.
+    address: the hub's. keys, insecure: as the publisher's. replica: whose ranks they are for; None is the only
+    one. token: asked for as a bearer token, if given. roots: directories in which a ``model_path`` may lie,
+    symbolic links followed; with none, loads from disk are refused. max_body_bytes: of a request. wait_s: for
+    updates and other requests to end; run_s: for each step of a load.
+    Raises HubError for keys that are none, or an address that needs some; SpecError for a root that is none.
     """
+    keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
+    keys.check(address)
     allowed = [str(Path(root).resolve()) for root in roots]
     for root in allowed:
         if not Path(root).is_dir():
@@ -244,7 +251,7 @@ def router(
     def run(
         task: m.Task, frames: list[m.Frame] | None = None, payloads: list[bytes] | None = None
     ) -> m.TaskEnd:
-        with Asking(address) as asking:
+        with Asking(address, keys) as asking:
             return asking.run(task, wait_s=wait_s, run_s=run_s, frames=frames, payloads=payloads)
 
     def loaded(end: m.TaskEnd, what: str, flush: bool) -> JSONResponse:
@@ -351,7 +358,7 @@ def router(
         return _answer(ok, text, 200 if ok else 503)
 
     def info() -> m.ReplicaInfo:
-        with Asking(address) as asking:
+        with Asking(address, keys) as asking:
             known = asking.replicas().replicas
         found = [one for one in known if replica is None or one.replica == replica]
         if len(found) != 1:
@@ -393,7 +400,7 @@ def _frames(payloads: Sequence[Payload]) -> tuple[list[m.Frame], list[bytes]]:
             try:
                 data = base64.b64decode(text.encode("ascii"), validate=True)
             except (binascii.Error, UnicodeEncodeError) as error:
-                raise _Refusal(f"{where}: expected base64 of safetensors bytes, got {error}") from error
+                raise _Refusal(f"{where}: expected base64 of a payload, got {error}") from error
             refuse_pickle(where, data)
             if len(data) > m.MAX_MESSAGE_BYTES:
                 raise _Refusal(f"{where}: expected at most {m.MAX_MESSAGE_BYTES} bytes, got {len(data)}")
@@ -427,6 +434,8 @@ def _loopback(host: str) -> bool:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="weightbus http", description=__doc__)
     parser.add_argument("--hub", default="tcp://127.0.0.1:5757", metavar="ADDRESS", help="of the hub")
+    parser.add_argument("--keys", metavar="DIR", help="CURVE keys; else WEIGHTBUS_KEYS")
+    parser.add_argument("--insecure", action="store_true", help="without keys to any address")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on; others than loopback need a token")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument("--replica", type=int, help="whose ranks to serve; by default the only one")
@@ -452,13 +461,15 @@ def main(arguments: list[str]) -> int:
     try:
         app = create_app(
             options.hub,
+            keys=options.keys,
+            insecure=options.insecure,
             replica=options.replica,
             token=token,
             roots=options.root,
             max_body_bytes=options.max_body,
             run_s=options.run_timeout,
         )
-    except SpecError as error:
+    except WeightbusError as error:
         print(f"weightbus http: {error}", file=sys.stderr)
         return 2
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")

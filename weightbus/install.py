@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from weightbus.box import Box, overlap
@@ -21,6 +22,7 @@ from weightbus.hook import Hook, NotALoader, Traces, load_weights_hooks, weight_
 from weightbus.layout import Layout, Part
 from weightbus.part import plain_view
 from weightbus.spec import Spec, castable
+from weightbus.torch_module import HOOK, twin
 from weightbus.trace import Effect, Fill, less
 
 Mapped = str | tuple[Any, ...] | None
@@ -46,18 +48,21 @@ class Target:
         derived: Sequence[str] = (),
         loaders: Mapping[str, nn.Module] | None = None,
         trust_traces: bool = False,
+        device: torch.device | None = None,
         traces: Traces,
     ) -> None:
         """base: the server's layout, of which ``modules`` take part (None: all). manifest: the
         trainer's specs, by wire name. local, derived: patterns of names that no update feeds, or feeds
         in part. loaders: modules with ``load_weights``, by the prefix of their names. trust_traces: write
-        what traced ``weight_loader`` hooks would, without calling them. traces: looked up and added to.
+        what traced ``weight_loader`` hooks would, without calling them. device: where bytes arrive; the
+        layout's by default. traces: looked up and added to.
 
         Raises SpecError, naming the tensor: wrong shape, a dtype that can't be cast to, a destination
         that is fed twice, in part or not at all.
         """
         self.base, self.manifest, self._traces, self._trust_traces = base, manifest, traces, trust_traces
         self.layout = base.select(modules)
+        self._device = base.device if device is None else device
         self.specs: dict[str, Spec] = {}
         self.parts: dict[str, tuple[Part, ...]] = {}
         self.exempt: dict[str, str] = {}
@@ -104,7 +109,10 @@ class Target:
         elif name in fed:
             raise SpecError(f"{wire}: writes {name}, which {fed[name]} writes already")
         elif spec.shape != own.shape:
-            raise SpecError(f"{wire}: expected shape {list(own.shape)} of {name}, got {list(spec.shape)}")
+            cure = (
+                f"; if this one only holds the place, {HOOK}() gives the live one" if own.elements < 2 else ""
+            )
+            raise SpecError(f"{wire}: expected shape {list(own.shape)} of {name}, got {list(spec.shape)}{cure}")
         else:
             self.parts[wire] = self.layout.parts[name]
         fed[name] = wire
@@ -115,6 +123,8 @@ class Target:
         """The tensors that a module's ``load_weights`` takes."""
         label = f"load_weights of {prefix.rstrip('.') or type(module).__name__}"
         own = {name: tensor for name, tensor in self.layout.tensors.items() if name.startswith(prefix)}
+        if self.layout.stand_ins:
+            module = twin(module, self.layout.stand_ins)  # which loads into them
         try:
             hooks, loading = load_weights_hooks(label, module, given, own, traces=self._traces)
         except NotALoader:
@@ -253,7 +263,8 @@ class Target:
             wire: Holding(
                 spec=spec,
                 boxes=(Box.whole(spec.shape),) if wire in opaque else tuple(box for box, _ in self.live(wire)),
-                in_place=all(view.is_contiguous() for _, view in self.live(wire)) and wire not in self.hooks,
+                in_place=wire not in self.hooks
+                and all(view.is_contiguous() and view.device == self._device for _, view in self.live(wire)),
                 why_arrived=opaque.get(wire, ""),
             )
             for wire, spec in self.specs.items()

@@ -229,6 +229,18 @@ class DeviceImport:
             self.close()
             raise
 
+    def check_sizes(self) -> None:
+        """Raises IpcError, and closes, where an allocation is smaller than said, as a client might say."""
+        try:
+            with torch.cuda.device(self._device):
+                driver.bind()
+                for address, allocation in zip(self.addresses, self.exports.allocations, strict=True):
+                    if (nbytes := driver.allocation_of(address)[1]) < allocation.nbytes:
+                        raise IpcError(f"GPU memory: expected {allocation.nbytes} bytes, got {nbytes}")
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         addresses, self.addresses = self.addresses, []
         with torch.cuda.device(self._device):
@@ -258,7 +270,10 @@ Import = DeviceImport | SharedImport
 def _map(allocation: Allocation) -> Tensor:
     try:
         process, number, secret = _SHARED.unpack(allocation.handle)
-        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        path = f"/proc/{process}/fd/{number}"
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a device may do things when it is opened
+            raise IpcError("shared memory: expected a file, got something else")
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (struct.error, OSError) as error:
         raise IpcError(f"shared memory can't be opened: {error}") from error
     try:
@@ -273,7 +288,7 @@ def _map(allocation: Allocation) -> Tensor:
     finally:
         os.close(file)
     if memory[:_SECRET_BYTES] != secret:
-        raise IpcError("shared memory: expected the trainer's, got another process's (pid namespaces differ)")
+        raise IpcError("shared memory: expected the sender's, got another process's (pid namespaces differ)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it is not to be written
         return torch.frombuffer(memory, dtype=torch.uint8)

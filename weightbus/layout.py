@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from weightbus.errors import SpecError
 from weightbus.part import Part, spec_of
 from weightbus.spec import Spec
 from weightbus.torch_dtensor import is_dtensor, local_parts, local_tensor, mesh_position
-from weightbus.torch_module import Watch, reshard, tensors_of, walk
+from weightbus.torch_module import Elsewhere, Watch, named_pairs, reshard, stand_ins, tensors_of, walk
 
 __all__ = ["Layout", "Part", "Source", "layout_of", "named_tensors", "rank_and_size"]
 
@@ -36,6 +36,7 @@ class Layout:
     modules: names of a mapping's modules; () for other sources.
     owners: by wire name, the modules that hold the tensor under any of its names.
     watch: sees whether the tensors are still where the parts say.
+    stand_ins: by the ``id`` of a module's own tensor, the live one, where ``weightbus_tensors`` gives another.
     """
 
     tensors: dict[str, Tensor]
@@ -45,17 +46,22 @@ class Layout:
     modules: tuple[str, ...]
     owners: dict[str, frozenset[str]]
     watch: Watch
+    stand_ins: dict[int, Tensor]
 
     def boxes(self) -> dict[str, tuple[Box, ...]]:
         return {name: tuple(part.box for part in parts) for name, parts in self.parts.items()}
 
     @property
     def device(self) -> torch.device:
-        """Where the parts lie; the CPU if there are none. Raises SpecError if they lie on several devices."""
+        """The GPU on which parts lie, others may lie in host memory; the CPU if all do, or there are none.
+
+        Raises SpecError if they lie on several GPUs.
+        """
         names = {part.tensor.device: name for name, parts in self.parts.items() for part in parts}
+        names.pop(torch.device("cpu"), None)
         if len(names) > 1:
             (one, a), (two, b) = list(names.items())[:2]
-            raise SpecError(f"{b}: expected a tensor on {one} like {a}, got one on {two}")
+            raise SpecError(f"{b}: expected a tensor on {one} like {a}, or on the CPU, got one on {two}")
         return next(iter(names), torch.device("cpu"))
 
     def select(self, modules: Sequence[str] | None) -> Layout:
@@ -131,15 +137,16 @@ class _Tied:
 def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
     """The layout of a module, a mapping of names to modules, or (name, tensor) pairs, which are used up.
 
-    Parameters and buffers, of these the persistent ones unless told otherwise; tied tensors once. Wire
-    names of a mapping are ``module.tensor``. Moves no data and talks to no other rank; puts FSDP2 modules
-    back to their sharded parameters.
+    Parameters and buffers, of these the persistent ones unless told otherwise; tied tensors once; what a
+    module's ``weightbus_tensors()`` gives, in place of its own of that name (docs/offload.md). Wire names of a
+    mapping are ``module.tensor``. Moves no data and talks to no other rank; puts FSDP2 modules back to their
+    sharded parameters.
     Raises SpecError for a name that is given twice, and for a tensor or placement that can't be moved.
     """
-    visits, rows = _walked(source, persistent_only=persistent_only)
+    walked = _walked(source, persistent_only=persistent_only)
     groups: dict[object, _Tied] = {}  # by the tensor's identity, and by the place of its elements
     tied: list[_Tied] = []
-    for top, name, tensor in rows:
+    for top, name, tensor in walked.rows:
         group = groups.get(id(tensor))
         if group is None:
             parts = local_parts(name, tensor)
@@ -164,20 +171,23 @@ def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
         modules=tuple(source) if isinstance(source, Mapping) else (),
         owners={name: frozenset(group.owners) for name, group in kept.items()},
         watch=Watch(
-            [(prefix, module) for _, prefix, module in visits],
-            [(name, tensor) for _, name, tensor in rows],
+            walked.modules,
+            [(name, tensor) for _, name, tensor in walked.rows],
+            walked.elsewhere,
             persistent_only=persistent_only,
         ),
+        stand_ins=walked.stand_ins,
     )
 
 
 def named_tensors(source: Source, *, persistent_only: bool = True) -> dict[str, Tensor]:
-    """The live tensors as the source has them, in its own order, each tied one under all its names.
+    """The live tensors as the source has them, in its own order, each tied one under all its names. Those that
+    a module keeps elsewhere (``weightbus_tensors``) are new objects at each call, over the same memory.
 
     Names as in ``layout_of``; pairs are used up. Puts FSDP2 modules back to their sharded parameters.
     Raises SpecError for a name that is given twice.
     """
-    return {name: tensor for _, name, tensor in _walked(source, persistent_only=persistent_only)[1]}
+    return {name: tensor for _, name, tensor in _walked(source, persistent_only=persistent_only).rows}
 
 
 def rank_and_size(source: Source | Layout, rank: int | None = None, size: int | None = None) -> tuple[int, int]:
@@ -212,25 +222,37 @@ def rank_and_size(source: Source | Layout, rank: int | None = None, size: int | 
     return rank, size
 
 
-def _walked(
-    source: Source, *, persistent_only: bool
-) -> tuple[list[tuple[str, str, nn.Module]], list[tuple[str, str, Tensor]]]:
-    """Each module and each tensor, with its top module's name and its own prefix or wire name."""
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """modules: with their prefixes. rows: each tensor with its top module's name and its wire name.
+    elsewhere: the modules that keep tensors elsewhere. stand_ins: as in ``Layout``."""
+
+    modules: list[tuple[str, nn.Module]]
+    rows: list[tuple[str, str, Tensor]]
+    elsewhere: list[Elsewhere]
+    stand_ins: dict[int, Tensor]
+
+
+def _walked(source: Source, *, persistent_only: bool) -> _Walked:
     visits = [(top, *visit) for top, prefix, module in _modules_of(source) for visit in walk(module, prefix)]
-    reshard([module for _, _, module in visits])
+    modules = [(prefix, module) for _, prefix, module in visits]
+    reshard([module for _, module in modules])
+    elsewhere = Elsewhere.among(modules)
+    live = stand_ins(elsewhere)
     rows = [
-        (top, name, tensor)
+        (top, name, live.get(id(tensor), tensor))
         for top, prefix, module in visits
         for name, tensor in tensors_of(prefix, module, persistent_only=persistent_only)
     ]
     if not isinstance(source, nn.Module | Mapping):
-        rows = [("", name, tensor) for name, tensor in _pairs_of(source)]
+        what = "source: expected an nn.Module, a mapping of modules or (name, tensor) pairs"
+        rows = [("", name, tensor) for name, tensor in named_pairs(source, what)]
     seen: set[str] = set()
     for _, name, _ in rows:
         if name in seen:
             raise SpecError(f"{name}: expected each name once, got it twice")
         seen.add(name)
-    return visits, rows
+    return _Walked(modules, rows, elsewhere, live)
 
 
 def _environ_int(variable: str) -> int | None:
@@ -256,23 +278,6 @@ def _modules_of(source: Source) -> list[tuple[str, str, nn.Module]]:
             hint = "; pass .items() for a mapping of tensors" if isinstance(module, Tensor) else ""
             raise SpecError(f"{name}: expected an nn.Module, got a {type(module).__name__}{hint}")
     return [(name, f"{name}.", module) for name, module in source.items()]
-
-
-def _pairs_of(source: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(source, Iterable):
-        raise SpecError(
-            f"source: expected an nn.Module, a mapping of modules or (name, tensor) pairs, got a "
-            f"{type(source).__name__}"
-        )
-    for i, pair in enumerate(source):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise SpecError(f"source: expected (name, tensor) pairs, got a {type(pair).__name__}; at item {i}")
-        name, tensor = pair
-        if not isinstance(name, str) or not name:
-            raise SpecError(f"source: expected a tensor's name, got {name!r}; at item {i}")
-        if not isinstance(tensor, Tensor):
-            raise SpecError(f"{name}: expected a tensor, got a {type(tensor).__name__}; at item {i}")
-        yield name, tensor
 
 
 def _place(tensor: Tensor) -> tuple[object, ...] | None:

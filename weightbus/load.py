@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -19,8 +20,9 @@ from weightbus.disk import Stored, check_inside, stored_modules
 from weightbus.ends import Destination
 from weightbus.errors import CoverageError, DigestError, SpecError
 from weightbus.part import Part
-from weightbus.payload import stored_payloads
-from weightbus.reading import Read, Reader, Sources, pieces_of
+from weightbus.payload import stored_payloads, tensors_of_payload
+from weightbus.reading import OnDevice, Read, Reader, Sources, pieces_of
+from weightbus.shared_payload import open_shared
 
 
 class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
@@ -52,6 +54,7 @@ class Load:
         self._done = self._total = 0
         self._lists: dict[str, Saved] = {}
         self._sources: Sources | None = None
+        self._mapped = contextlib.ExitStack()
         self._sums: dict[int, tuple[int, int]] = {}
         self._manifest: Mapping[str, Stored] = {}
 
@@ -76,12 +79,12 @@ class Load:
             raise SpecError(
                 f"{self.what}: expected a load of everything, as this rank is torn, got one of a part"
             )
-        memory: dict[Path, memoryview] = {}
+        memory: dict[Path, memoryview | OnDevice] = {}
         if task.path:
             manifest = self._open(Path(task.path))
         else:
             manifest, memory, self.modules = stored_payloads(
-                self.offer.frames, self.offer.payloads, task, destination.layout.modules
+                self.offer.frames, self.offer.payloads, task, destination.layout.modules, self._open_payload
             )
         if not manifest:
             raise SpecError(f"{self.what}: expected at least one tensor, got none")
@@ -107,9 +110,7 @@ class Load:
         listed = tuple(self._lists) if task.verify else ()
         digested = [piece for piece in self._pieces if piece.stored.spec.name.startswith(listed)]
         self._total = self.nbytes + (self.nbytes if task.atomic else sum(piece.nbytes for piece in digested))
-        devices = {read.view.device for read in self._reads if read.view is not None}
-        cuda = next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
-        self._reader = Reader(self._sources, cuda, self._look)
+        self._reader = Reader(self._sources, destination.device, self._look)
         if digested:
             self._sums = self._reader.digest(digested, self._moved, keep=task.atomic)
         if task.atomic and task.path:
@@ -120,6 +121,16 @@ class Load:
                 untaken=[name for name in manifest if name not in target.specs], digested=self._digested()
             )
         )
+
+    def _open_payload(
+        self, where: Path, payload: bytes
+    ) -> tuple[dict[str, Stored], Mapping[Path, memoryview | OnDevice]]:
+        if self.task.format == "shared":
+            tensors, memory, mapped = open_shared(where, payload, self._destination.device)
+            self._mapped.callback(mapped.close)
+            return tensors, memory
+        data = memoryview(payload)
+        return tensors_of_payload(where, data, self.task.format), {where: data}
 
     def _open(self, path: Path) -> dict[str, Stored]:
         modules = self._destination.layout.modules
@@ -221,7 +232,7 @@ class Load:
 
     def _prove(self) -> None:
         """Digest what is live now, where it has the stored dtype, and compare with what was checked."""
-        by_device: dict[torch.device, list[tuple[int, Part]]] = {}
+        rows: list[tuple[int, Part]] = []
         for number in self._sums:
             read = self._reads[number]
             if read.view is None:
@@ -229,15 +240,11 @@ class Load:
             if read.view.dtype != torch_dtype(read.stored.spec.dtype):
                 self.arrived[read.stored.spec.name] = f"cast from {read.stored.spec.dtype} in the file"
                 continue
-            part = Part(spec=read.stored.spec, box=read.box, tensor=read.view)
-            by_device.setdefault(read.view.device, []).append((number, part))
-        for rows in by_device.values():
-            sums = Digester([part for _, part in rows]).sums(STABLE_SEED).tolist()
-            for (number, part), (a, b) in zip(rows, sums, strict=True):
-                if (a, b) != self._sums[number]:
-                    raise DigestError(
-                        f"{part.spec.name}: expected {part.box} live as it was read, got other bytes"
-                    )
+            rows.append((number, Part(spec=read.stored.spec, box=read.box, tensor=read.view)))
+        sums = Digester([part for _, part in rows]).sums(STABLE_SEED).tolist()
+        for (number, part), (a, b) in zip(rows, sums, strict=True):
+            if (a, b) != self._sums[number]:
+                raise DigestError(f"{part.spec.name}: expected {part.box} live as it was read, got other bytes")
 
     def finish(self, gathered: m.Gathered) -> None:
         raise AssertionError("a load ends when it is written")
@@ -252,6 +259,7 @@ class Load:
     def close(self) -> None:
         if self._sources is not None:
             self._sources.close()
+        self._mapped.close()
 
     def _moved(self, nbytes: int) -> None:
         self._done += nbytes

@@ -10,6 +10,7 @@ from pathlib import Path
 from weightbus import messages as m
 from weightbus.asking import Asking
 from weightbus.errors import WeightbusError
+from weightbus.keys import load_keys
 
 
 def main(arguments: list[str]) -> int:
@@ -17,6 +18,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="weightbus update-from-disk", description=__doc__)
     parser.add_argument("path", type=Path, help="that every rank of the replica can read")
     parser.add_argument("--hub", default="tcp://127.0.0.1:5757", metavar="ADDRESS", help="of the hub")
+    parser.add_argument("--keys", metavar="DIR", help="CURVE keys; else WEIGHTBUS_KEYS")
+    parser.add_argument("--insecure", action="store_true", help="without keys to any address")
     parser.add_argument("--replica", type=int, help="whose ranks; by default the only complete one's")
     parser.add_argument("--module", action="append", metavar="NAME", help="by default all; may be repeated")
     parser.add_argument("--version", type=int, help="label; by default what the directory records")
@@ -33,7 +36,7 @@ def main(arguments: list[str]) -> int:
         verify=not options.no_verify,
     )
     try:
-        with Asking(options.hub) as asking:
+        with Asking(options.hub, load_keys(options.keys, insecure=options.insecure)) as asking:
             end = asking.run(task, wait_s=options.timeout, run_s=options.timeout)
     except WeightbusError as error:
         print(f"weightbus update-from-disk: {error}", file=sys.stderr)

@@ -502,7 +502,7 @@ class Polled(Message, tag="polled"):
 # -- tasks: loads, saves and probes, outside updates ------------------------------------------------
 
 Path = Annotated[str, Meta(max_length=4096)]
-PayloadFormat = Literal["safetensors", "flattened_bucket"]
+PayloadFormat = Literal["safetensors", "flattened_bucket", "shared"]
 
 
 class Frame(Record):

@@ -1,4 +1,5 @@
-"""Tensors that arrive in a message: safetensors bytes, plain or as one flattened bucket. Nothing is unpickled.
+"""Tensors that arrive in a message: safetensors bytes, plain or as one flattened bucket; or where they lie, for
+which see ``shared_payload``. Nothing is unpickled.
 
 A flattened bucket is a safetensors file with one tensor, ``flattened_tensor``, whose bytes are those of many;
 its metadata has ``flattened_metadata``, a JSON list of ``{"name", "dtype", "shape", "start_idx", "end_idx"}``
@@ -7,8 +8,9 @@ with offsets in elements of the flat tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -22,6 +24,8 @@ FLAT_METADATA = "flattened_metadata"
 
 # Of the modules that an engine may have, the one that a payload without a name is for.
 USUAL_MODULE = "transformer"
+
+Memory = TypeVar("Memory")
 
 
 class _FlatEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -132,13 +136,15 @@ def stored_payloads(
     payloads: Sequence[bytes],
     task: m.LoadTask,
     modules: Sequence[str],
-) -> tuple[dict[str, Stored], dict[Path, memoryview], list[str] | None]:
+    open_one: Callable[[Path, bytes], tuple[dict[str, Stored], Mapping[Path, Memory]]],
+) -> tuple[dict[str, Stored], dict[Path, Memory], list[str] | None]:
     """All tensors of a rank's payloads by wire name, the memory that they lie in, and their modules.
 
-    Raises SpecError as ``tensors_of_payload`` and ``module_of`` do, and for a module that two payloads are for.
+    open_one: gives a payload's tensors by name, and the memory behind their paths.
+    Raises SpecError as ``open_one`` and ``module_of`` do, and for a module that two payloads are for.
     """
     found: dict[str, Stored] = {}
-    memory: dict[Path, memoryview] = {}
+    memory: dict[Path, Memory] = {}
     seen: list[str | None] = []
     for frame, payload in zip(frames, payloads, strict=True):
         module = module_of(frame.module, task.modules, modules)
@@ -146,7 +152,7 @@ def stored_payloads(
             raise SpecError(f"{module or 'payload'}: expected one payload for each module, got two")
         seen.append(module)
         where = Path("payload" if module is None else f"payload of {module}")
-        memory[where] = memoryview(payload)
-        tensors = tensors_of_payload(where, memory[where], task.format)
+        tensors, opened = open_one(where, payload)
+        memory |= opened
         found.update(tensors if module is None else with_prefix(module, tensors))
     return found, memory, None if seen == [None] else [module for module in seen if module is not None]

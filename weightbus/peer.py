@@ -45,16 +45,19 @@ HOOK_SLOTS = 2
 class Wave:
     """Copies that are started together. wire: the tensor that they make whole, if its hook is to run then.
 
-    host: between tensors, by torch. near, far: by addresses, within a GPU and from another.
+    host: between tensors, by torch. near, far, down: by addresses, within a GPU, from another, and from one to
+    host memory. to_host: whether the host reads what it brings, and waits for it first.
     """
 
     nbytes: int = 0
     host: Copies = field(default_factory=Copies)
     near: list[Run] = field(default_factory=list)
     far: list[Run] = field(default_factory=list)
-    by_engine: EngineCopies | None = None
+    down: list[Run] = field(default_factory=list)
+    by_engine: list[EngineCopies] = field(default_factory=list)
     by_kernel: KernelCopies | None = None
     wire: str = ""
+    to_host: bool = False
 
     def seal(self, device: torch.device) -> None:
         """Prepare what the device's copies need: the engines for what comes from another GPU, since they
@@ -68,17 +71,18 @@ class Wave:
                 say_once(f"peer copies within a GPU by the driver alone, exact but slower: {error}")
                 by_engine = by_kernel + by_engine
         if by_engine:
-            self.by_engine = EngineCopies(by_engine)
-        self.near, self.far = [], []
+            self.by_engine.append(EngineCopies(by_engine))
+        if self.down:
+            self.by_engine.append(EngineCopies(self.down, to_host=True))
+        self.to_host |= bool(self.down) or self.host.to_host
+        self.near, self.far, self.down = [], [], []
 
     def start(self, lanes: Lanes) -> Mark:
         """Reached once all is copied. Engines and kernel work side by side."""
         with lanes.send:
             self.host.run()
-            if self.host.to_host:
-                lanes.send.stream.synchronize()
-            if self.by_engine is not None:
-                self.by_engine.start(lanes.send.stream)
+            for copies in self.by_engine:
+                copies.start(lanes.send.stream)
         if self.by_kernel is not None:
             with lanes.pack:
                 self.by_kernel.start(lanes.pack.stream)
@@ -148,7 +152,9 @@ class _Compiler:
             wave.host.add(dst, view_of(memory, offset, dst.dtype, box.sizes, place.strides))
             return
         runs = _runs(dst, box, place.strides, opened.addresses[place.allocation] + offset)
-        if opened.near:
+        if dst.device.type == "cpu":
+            wave.down += runs
+        elif opened.near:
             wave.near += runs
         else:
             wave.far += runs
@@ -194,6 +200,7 @@ def compile_peer(
             dst = whole[wire][piece.box.within(Box.whole(spec.shape))]
             compiler.add(piece, spec, dst, piece.box)
         compiler.waves[-1].wire = wire
+        compiler.waves[-1].to_host = target.hooks[wire].to_host
         compiler.last[wire] = len(compiler.waves) - 1
     for wave in compiler.waves:
         wave.seal(staging.device)
@@ -256,6 +263,8 @@ class Peer:
                         self._install(wave.wire, seed)
                     ended[index] = lanes.install.mark()
                     hooked.append(ended[index])
+                if wave.to_host:
+                    wait_for(ended[index], check)
                 if seed:
                     with lanes.digest:
                         lanes.digest.after(ended[index])

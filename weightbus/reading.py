@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from weightbus.digest import STABLE_SEED, Digester, P
 from weightbus.disk import Stored, byte_shape, unreadable
 from weightbus.errors import SpecError
 from weightbus.part import Part
+from weightbus.runs import row_major
 from weightbus.spec import ITEMSIZE
 
 READERS = 4
@@ -36,6 +37,13 @@ BUFFER_BYTES = 8 << 20
 LOOK_S = 0.05
 
 Check = Callable[[], None]
+
+
+class OnDevice(Protocol):
+    """A stored tensor that is memory on a GPU."""
+
+    def copy(self, box: Box, dst: Tensor) -> None:
+        """``box`` of it into ``dst``, ``row_major`` and of its dtype, in the order of the current stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +112,7 @@ class Sources:
     """The files and payloads behind stored tensors, held open from the look at them to the end of the load, so
     that a directory that is replaced meanwhile does not mix with what replaces it."""
 
-    def __init__(self, stored: Iterable[Stored], memory: Mapping[Path, memoryview]) -> None:
+    def __init__(self, stored: Iterable[Stored], memory: Mapping[Path, memoryview | OnDevice]) -> None:
         """memory: of what is no file, by the path that stands for it. Raises SpecError for a file that can't be
         opened, or is shorter than its tensors."""
         self._memory = memory
@@ -133,6 +141,7 @@ class Sources:
     def read(self, tensor: Stored, begin: int, into: memoryview) -> None:
         """Fill ``into`` from byte ``begin`` of the tensor's file. Raises SpecError if that ends before."""
         if (payload := self._memory.get(tensor.path)) is not None:
+            assert isinstance(payload, memoryview), "what lies on a GPU is not read by the host"
             into[:] = payload[begin : begin + len(into)]
             return
         file = self._files[tensor.path]
@@ -147,6 +156,10 @@ class Sources:
                 into, begin = into[count:], begin + count
         except OSError as error:
             raise unreadable(tensor.path, error) from error
+
+    def on_device(self, piece: Piece) -> OnDevice | None:
+        memory = self._memory.get(piece.stored.path)
+        return None if isinstance(memory, memoryview) else memory
 
     def fill(self, piece: Piece, into: memoryview) -> None:
         """Read a piece, row-major, into memory of its size."""
@@ -181,6 +194,7 @@ class Sources:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+        self._memory = {}
 
 
 class _Worker:
@@ -209,6 +223,16 @@ class _Worker:
                 return
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 view.copy_(tensor, non_blocking=True)
+
+    def fetch(self, memory: OnDevice, piece: Piece, view: Tensor) -> None:
+        dtype = torch_dtype(piece.stored.spec.dtype)
+        with torch.no_grad(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            if view.dtype == dtype and row_major(view.stride(), piece.box.sizes):
+                memory.copy(piece.box, view)
+                return
+            tensor = torch.empty(piece.box.sizes, dtype=dtype, device=self._device)
+            memory.copy(piece.box, tensor)
+            view.copy_(tensor)
 
     def drain(self) -> None:
         if self._stream is not None:
@@ -311,6 +335,8 @@ class Reader:
             view = views[piece.number][piece.within]
             if piece.kept is not None:
                 worker.copy(view, piece.kept)
+            elif (memory := self._sources.on_device(piece)) is not None:
+                worker.fetch(memory, piece, view)
             elif _direct(view) and view.dtype == torch_dtype(piece.stored.spec.dtype):
                 self._sources.fill(piece, memory_of(view))
             else:

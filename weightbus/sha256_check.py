@@ -156,12 +156,13 @@ def _answer(
 ) -> tuple[Answer, dict[str, Tensor]]:
     """What this rank holds of the expected tensors, and beside them; with these tensors by name."""
     pairs = not isinstance(source, nn.Module | Mapping)
-    persistent = named_tensors(source)
-    everything = persistent if pairs else named_tensors(source, persistent_only=False)
+    everything = named_tensors(source, persistent_only=False)
+    persistent = everything if pairs else named_tensors(source)
     tensors = {name: everything[name] for name in expected if name in everything}
     named = set(map(id, tensors.values()))
     unexpected: dict[object, str] = {}  # under its first name
-    for name, tensor in persistent.items() if not partial else ():
+    for name in persistent if not partial else ():
+        tensor = everything[name]
         if name not in tensors and (pairs or id(tensor) not in named):
             unexpected.setdefault(name if pairs else id(tensor), name)
     return Answer(held=hold(tensors, threads), unexpected=tuple(unexpected.values())), tensors

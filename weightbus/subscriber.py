@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import torch
 import torch.distributed as dist
 
 from weightbus import messages as m
@@ -36,7 +37,10 @@ class Subscriber:
 
     target: the live model: an ``nn.Module``, a mapping of names to modules, or an iterable of (name,
         tensor). Plain tensors, DTensors, and parameters with a ``weight_loader`` are written in place; a
-        module with ``load_weights`` is written where that would write (docs/checks.md).
+        module with ``load_weights`` is written where that would write (docs/checks.md). Tensors may lie on
+        one GPU and in host memory; a module that keeps them elsewhere says where (docs/offload.md).
+    device: where bytes arrive, by default the tensors' GPU. For a target that is all in host memory, beside
+        trainers on GPUs.
     replica: which copy of the model this rank belongs to. rank, replica_size: this rank's place in it;
         default from the model's device mesh, else torchrun's variables.
     name_map: a function or mapping from a wire name to this model's name, to a tuple of a name and
@@ -66,6 +70,7 @@ class Subscriber:
         target: Source,
         *,
         address: str = DEFAULT_ADDRESS,
+        device: torch.device | str | None = None,
         replica: int = 0,
         rank: int | None = None,
         replica_size: int | None = None,
@@ -87,6 +92,7 @@ class Subscriber:
     ) -> None:
         self._destination = Destination(
             target,
+            device=device,
             name_map=name_map,
             local=local,
             derived=derived,
@@ -102,16 +108,16 @@ class Subscriber:
         self._agree = agree
         self._stop = threading.Event()
         self._closed = self._left = False
-        layout = self._destination.layout
+        device = self._destination.device
         keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
-        self._session = Session.open(address, layout.device, num_buckets, keys, reconnect_timeout_s)
+        self._session = Session.open(address, device, num_buckets, keys, reconnect_timeout_s)
         try:
             self._session.link.join(
                 role="server",
                 rank=self.rank,
                 size=self.replica_size,
                 replica=replica,
-                device=layout.device.type,
+                device=device.type,
                 timeout_s=connect_timeout_s,
             )
         except BaseException:

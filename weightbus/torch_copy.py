@@ -14,7 +14,7 @@ from weightbus.pieces import Pair, piece_of
 class Copies:
     """Pairs of views of equal shape, copied (and cast) together; no two destinations overlap.
 
-    to_host: whether some leave a GPU for the host, which knows no streams and has to wait for them.
+    to_host: whether some leave a GPU for the host, which knows no streams: what reads them there waits first.
     """
 
     def __init__(self) -> None:
@@ -81,4 +81,5 @@ def _foreach(pairs: Sequence[Pair]) -> Callable[[], None]:
 
 def _one_by_one(pairs: Sequence[Pair]) -> None:
     for dst, src in pairs:
-        dst.copy_(src, non_blocking=True)
+        # Into strided host memory torch copies twice: on the host, once what has left the GPU is there.
+        dst.copy_(src, non_blocking=dst.is_cuda or (dst.is_contiguous() and dst.dtype == src.dtype))

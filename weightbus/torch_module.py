@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -14,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from weightbus.errors import SpecError
 from weightbus.torch_addresses import Addresses
 from weightbus.torch_dtensor import is_dtensor, local_tensor
+
+HOOK = "weightbus_tensors"
+"""The method by which a module says where its tensors live, if not in its parameters and buffers."""
 
 WRAPPER_KEYS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Children by which torch.compile and activation checkpointing hold a module; left out of names."""
@@ -45,6 +48,87 @@ def tensors_of(prefix: str, module: nn.Module, *, persistent_only: bool) -> Iter
     for key, buffer in module._buffers.items():
         if buffer is not None and not (persistent_only and key in module._non_persistent_buffers_set):
             yield prefix + key, buffer
+
+
+def named_pairs(pairs: object, what: str) -> Iterator[tuple[str, Tensor]]:
+    """The (name, tensor) pairs of an iterable. what: begins the error. Raises SpecError for anything else."""
+    if not isinstance(pairs, Iterable):
+        raise SpecError(f"{what}, got a {type(pairs).__name__}")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise SpecError(f"{what}, got a {type(pair).__name__}; at item {i}")
+        name, tensor = pair
+        if not isinstance(name, str) or not name:
+            raise SpecError(f"{what}, got {name!r} as a name; at item {i}")
+        if not isinstance(tensor, Tensor):
+            raise SpecError(f"{name}: expected a tensor, got a {type(tensor).__name__}; at item {i}")
+        yield name, tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A module whose tensors, or some of them, live where its ``weightbus_tensors`` says (docs/offload.md)."""
+
+    prefix: str
+    module: nn.Module
+
+    @classmethod
+    def among(cls, modules: Iterable[tuple[str, nn.Module]]) -> list[Elsewhere]:
+        # Wrappers offer what their inner module has by __getattr__: that would be asked twice.
+        return [
+            cls(prefix, module)
+            for prefix, module in modules
+            if HOOK in module.__dict__ or hasattr(type(module), HOOK)
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the module gives now, by wire name. Raises SpecError for a name that is given twice."""
+        what = f"{self.prefix}{HOOK}: expected (name, tensor) pairs"
+        found: dict[str, Tensor] = {}
+        for key, tensor in named_pairs(getattr(self.module, HOOK)(), what):
+            if found.setdefault(self.prefix + key, tensor) is not tensor:
+                raise SpecError(f"{self.prefix}{key}: expected each name once, got it twice from {HOOK}")
+        return found
+
+
+def stand_ins(elsewhere: Sequence[Elsewhere]) -> dict[int, Tensor]:
+    """By the ``id`` of a registered tensor, the one that a module gives for it, with the class and attributes
+    of the registered one, by which loading code goes.
+
+    Raises SpecError for a name that the module does not have, and for two places of one tensor.
+    """
+    found: dict[int, Tensor] = {}
+    for one in elsewhere:
+        given = one.tensors()
+        own = {
+            name: tensor
+            for prefix, module in (walk(one.module, one.prefix) if given else ())
+            for name, tensor in tensors_of(prefix, module, persistent_only=False)
+        }
+        for name, tensor in given.items():
+            if name not in own:
+                raise SpecError(f"{name}: expected {HOOK} to give names of the module's tensors, got another")
+            other = found.setdefault(id(own[name]), _standing_for(name, own[name], tensor))
+            if _where(other) != _where(tensor):
+                raise SpecError(f"{name}: expected one place of a tied tensor, got two from {HOOK}")
+    return found
+
+
+def _standing_for(name: str, registered: Tensor, tensor: Tensor) -> Tensor:
+    if is_dtensor(registered) != is_dtensor(tensor):
+        kinds = [type(one).__name__ for one in (registered, tensor)]
+        raise SpecError(f"{name}: expected a {kinds[0]} from {HOOK}, as the module has, got a {kinds[1]}")
+    view = tensor.detach()
+    if not is_dtensor(view):
+        view = Tensor._make_subclass(type(registered), view)
+    view.__dict__.update(registered.__dict__)
+    return view
+
+
+def _where(tensor: Tensor) -> tuple[object, ...]:
+    """What must stay as it is for a tensor to be the same memory, read the same way."""
+    local = local_tensor(tensor)
+    return local.data_ptr(), local.dtype, tuple(local.shape), local.stride(), tuple(tensor.shape)
 
 
 def reshard(modules: Sequence[nn.Module]) -> None:
@@ -103,6 +187,10 @@ class _Places:
         return list(map(local_tensor, self.tensors)) if self.sharded else self.tensors
 
 
+def _places(one: Elsewhere) -> dict[str, tuple[object, ...]]:
+    return {name: _where(tensor) for name, tensor in one.tensors().items()}
+
+
 class Watch:
     """Sees whether tensors are still the objects, at the addresses, that a layout was made of.
 
@@ -113,10 +201,12 @@ class Watch:
         self,
         modules: Sequence[tuple[str, nn.Module]],
         tensors: Sequence[tuple[str, Tensor]],
+        elsewhere: Sequence[Elsewhere] = (),
         *,
         persistent_only: bool,
     ) -> None:
-        """modules: as ``walk`` gives them. tensors: all that the layout holds, under all their names."""
+        """modules: as ``walk`` gives them. tensors: all that the layout holds, under all their names.
+        elsewhere: those of the modules whose tensors are not all their own."""
         slots: list[tuple[str, dict[str, Any], str, object]] = []
         self._dicts: list[tuple[str, dict[str, Any]]] = []
         for prefix, module in modules:
@@ -130,6 +220,7 @@ class Watch:
         self._keys = [key for _, _, key, _ in slots]
         self._values = [value for _, _, _, value in slots]
         self._counts = [len(held) for _, held in self._dicts]
+        self._elsewhere = [(one, _places(one)) for one in elsewhere]
         self._fsdp = [module for _, module in modules if isinstance(module, FSDPModule)]
         self._places = [_Places.of(sharded, tensors) for sharded in (False, True)]
         self._addresses = [Addresses(places.now()) for places in self._places]
@@ -158,4 +249,7 @@ class Watch:
         for places, addresses in zip(self._places, self._addresses, strict=True):
             if (index := addresses.moved(places.now())) is not None:
                 return places.names[index]
+        for one, before in self._elsewhere:
+            if (now := _places(one)) != before:
+                return next(name for name in {**before, **now} if now.get(name) != before.get(name))
         return None

@@ -32,24 +32,29 @@ class _Sums(Protocol):
 class Digester:
     """grid61 sums of many parts in one call; prepared once, replayed with each new seed.
 
-    parts: any mix of dtypes, sizes and strides, all on one device. The storage behind them is read at
-    each call, so it must stay where it is. nbytes: bytes that a call digests.
-    Raises SpecError for parts on several devices, for one whose tensor is not its box in its dtype, and for
-    what ``check_plain`` refuses.
+    parts: any mix of dtypes, sizes, strides and devices. The storage behind them is read at each call, so it
+    must stay where it is. nbytes: bytes that a call digests.
+    Raises SpecError for a part whose tensor is not its box in its dtype, and for what ``check_plain`` refuses.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = [_checked(part) for part in parts]
-        devices = {part.tensor.device for part in self._parts}
-        if len(devices) > 1:
-            raise SpecError(f"Digester: expected parts on one device, got {sorted(map(str, devices))}")
-        self.nbytes = sum(part.tensor.numel() * part.tensor.element_size() for part in self._parts)
-        self._sums = _implementation(self._parts, next(iter(devices), torch.device("cpu")))
+        checked = [_checked(part) for part in parts]
+        self._count = len(checked)
+        self.nbytes = sum(part.tensor.nbytes for part in checked)
+        rows: dict[torch.device, list[int]] = {}
+        for row, part in enumerate(checked):
+            rows.setdefault(part.tensor.device, []).append(row)
+        # The host's last: it digests within the launch, beside what has been launched on GPUs.
+        devices = sorted(rows, key=lambda device: device.type == "cpu")
+        self._sums = [
+            (np.array(rows[device]), _implementation([checked[row] for row in rows[device]], device))
+            for device in devices
+        ]
 
     def sums(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> Sums:
         """uint64 array of shape (parts, 2): each part's sums at its place in its global tensor, in [0, P).
 
-        Runs on ``stream``, by default the current one; synchronises with it once.
+        Runs on ``stream``, by default each device's current one; synchronises with it once.
         Raises ValueError if ``seed`` is not 32 bytes.
         """
         return self.launch(seed, stream=stream)()
@@ -59,7 +64,16 @@ class Digester:
 
         It waits for this digest only, not for what the stream does after it. Call it before the next launch.
         """
-        return self._sums.launch(check_seed(seed), stream)
+        check_seed(seed)
+        launched = [(rows, sums.launch(seed, stream)) for rows, sums in self._sums]
+
+        def wait() -> Sums:
+            found = np.empty((self._count, 2), dtype=np.uint64)
+            for rows, result in launched:
+                found[rows] = result()
+            return found
+
+        return wait
 
 
 def tensor_digest(tensor: Tensor, *, seed: bytes = STABLE_SEED) -> Digest:
@@ -83,14 +97,11 @@ def model_digest(model: Source, *, seed: bytes = STABLE_SEED) -> str:
     to ``model_digest_of``. Raises SpecError for a duplicate name, CoverageError for a shard.
     """
     check_seed(seed)
-    by_device: dict[torch.device, list[Part]] = {}
     digests: dict[str, list[Digest]] = {}
-    for part in chain.from_iterable(layout_of(model).parts.values()):
-        by_device.setdefault(part.tensor.device, []).append(part)
-    for parts in by_device.values():
-        for part, row in zip(parts, Digester(parts).sums(seed), strict=True):
-            digest = _digest(part.spec, [part], row[None], seed)
-            digests.setdefault(part.spec.name, []).append(digest)
+    parts = list(chain.from_iterable(layout_of(model).parts.values()))
+    for part, row in zip(parts, Digester(parts).sums(seed), strict=True):
+        digest = _digest(part.spec, [part], row[None], seed)
+        digests.setdefault(part.spec.name, []).append(digest)
     return model_digest_of({name: combine(found) for name, found in digests.items()}, seed=seed)
 
 
