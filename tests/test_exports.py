@@ -60,6 +60,17 @@ def test_boxes_lie_inside_their_allocations(place: Place, ok: bool) -> None:
             decode_exports(blob, FACTS, "trainer rank 3")
 
 
+def test_pieces_are_as_long_as_their_allocation() -> None:
+    def blob(*pieces: tuple[int, int]) -> bytes:
+        allocation = Allocation(handle=b"h", nbytes=110, pieces=pieces)
+        return encode_exports(msgspec.structs.replace(GOOD, allocations=(allocation,)))
+
+    assert decode_exports(blob((4, 100), (5, 10)), FACTS, "trainer rank 0").allocations[0].pieces[1] == (5, 10)
+    expected = r"allocation 0: expected pieces of 110 bytes, got 109; exports of trainer rank 0"
+    with pytest.raises(SpecError, match=expected):
+        decode_exports(blob((4, 100), (5, 9)), FACTS, "trainer rank 0")
+
+
 @pytest.mark.parametrize(
     ("raw", "path"),
     [

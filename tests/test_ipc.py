@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import resource
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ import torch
 from processes import _context as context
 from torch import Tensor
 
+from weightbus import ipc
 from weightbus.box import Box
 from weightbus.driver import EngineCopies
 from weightbus.errors import WeightbusError
@@ -178,6 +180,46 @@ def test_why_not() -> None:
     with pytest.raises(IpcError, match="source on cpu, target on cuda:0"):
         import_exports(export.exports, torch.device("cuda", 0))
     export.close()
+
+
+def holder(pipe: object, text: bytes) -> None:
+    """Tells its process and a file that it has open, until it is told to end."""
+    file = os.memfd_create("held")
+    os.write(file, text)
+    pipe.send((ipc._own_handle(), file))  # type: ignore[attr-defined]
+    pipe.recv()  # type: ignore[attr-defined]
+
+
+def test_files_of_another_process_are_taken_over_one_by_one() -> None:
+    with another_process(holder, b"virtual memory") as pipe:
+        assert pipe.poll(30)
+        handle, file = pipe.recv()
+        before = len(os.listdir("/proc/self/fd"))
+        found = []
+        for ours in ipc._files_of(Allocation(handle=handle, nbytes=2, pieces=((file, 1), (file, 1)))):
+            found.append(os.pread(ours, 100, 0))
+        assert found == [b"virtual memory"] * 2
+        with pytest.raises(IpcError, match=r"can't be taken over \(pidfd_getfd\): Bad file descriptor"):
+            list(ipc._files_of(Allocation(handle=handle, nbytes=1, pieces=((file + 1000, 1),))))
+        with pytest.raises(IpcError, match="expected a process of the same pid namespace"):
+            list(ipc._files_of(Allocation(handle=handle[:8] + bytes(8), nbytes=1, pieces=((file, 1),))))
+        with pytest.raises(IpcError, match="expected a process, got"):
+            list(ipc._files_of(Allocation(handle=b"short", nbytes=1, pieces=((file, 1),))))
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_more_pieces_than_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, found: limits.append(found))
+    ipc._make_room_for_files(0)
+    ipc._make_room_for_files(10)
+    assert limits == [(1024, 4096)]
+    ipc._make_room_for_files(1000)
+    assert 1000 < limits[-1][0] < 1400
+    assert limits[-1][1] == 4096
+    with pytest.raises(IpcError, match=r"virtual memory of 9000 pieces: expected a limit of .* got 4096"):
+        ipc._make_room_for_files(9000)
 
 
 # -- CUDA --------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from processes import Job, run_jobs
 
 import weightbus
+from weightbus import driver
 from weightbus.box import Box
 from weightbus.exports import Place
 from weightbus.peer import Peer, Wave, _Compiler
@@ -110,28 +111,33 @@ def test_an_unknown_route(address):
         weightbus.Publisher(tensors(0), address=address, route="rdma")
 
 
-def trainer_without_handles(rank, size, *, address):
+def virtual_trainer(rank, size, *, address, shares):
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    if not shares:
+        driver._HANDLE_TYPES = driver._HAS_HANDLE  # which virtual memory does not have
     return trainer(rank, size, address=address, device="cuda", route="auto")
 
 
 @pytest.mark.cuda
-def test_memory_without_a_handle_goes_by_broadcast(address):
-    """Virtual memory, as the allocator's expandable segments are, has no IPC handle."""
+@pytest.mark.parametrize("shares", [True, False])
+def test_virtual_memory_is_read_in_place_if_it_may_be_shared(address, shares):
+    """Expandable segments have no IPC handle, but files; memory of other allocators may have neither."""
     (seen,), (served,) = run_jobs(
-        Job(run=trainer_without_handles, arguments={"address": address}),
+        Job(run=virtual_trainer, arguments={"address": address, "shares": shares}),
         Job(run=server, arguments={"address": address, "device": "cuda"}),
     )
-    assert [row[:2] for row in seen] == [("verified", "broadcast")] * 2
-    assert "expandable_segments" in seen[0][2]
+    assert [row[:2] for row in seen] == [("verified", "peer" if shares else "broadcast")] * 2
+    assert shares or "did not make to be shared" in seen[0][2]
     assert served == ("ready", 2, [2.0])
 
 
 # -- memory that moves ---------------------------------------------------------------------------------
 
 
-def moving_trainer(rank, size, *, address, device):
+def moving_trainer(rank, size, *, address, device, virtual=False):
     """Storage is given up and made anew between updates; once under the old addresses, as far as may be."""
+    if virtual:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     source = torch.nn.ParameterDict({n: torch.nn.Parameter(t) for n, t in tensors(0, device)})
     words = []
     with weightbus.Publisher(source, address=address, route="peer", join_timeout_s=20) as publisher:
@@ -156,6 +162,17 @@ def test_moved_memory_is_exchanged_again(address, device):
     (words,), (served,) = run_jobs(
         Job(run=moving_trainer, arguments={"address": address, "device": device}),
         Job(run=server, arguments={"address": address, "device": device}),
+    )
+    assert words == [("verified", "peer")] * 5
+    assert served == ("ready", 5, [6.0])
+
+
+@pytest.mark.cuda
+def test_moved_virtual_memory_is_exchanged_again(address):
+    given = {"address": address, "device": "cuda"}
+    (words,), (served,) = run_jobs(
+        Job(run=moving_trainer, arguments=given | {"virtual": True}),
+        Job(run=server, arguments=given),
     )
     assert words == [("verified", "peer")] * 5
     assert served == ("ready", 5, [6.0])

@@ -7,7 +7,7 @@ current device, which the caller sets (``torch.cuda.device``).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import starmap
 from typing import Any
@@ -18,7 +18,9 @@ from weightbus.errors import WeightbusError
 from weightbus.runs import Run
 
 _LAZY_ENABLE_PEER_ACCESS = 1
-_BUFFER_ID = 7  # of CUpointer_attribute
+_BUFFER_ID, _HAS_HANDLE, _HANDLE_TYPES = 7, 10, 14  # of CUpointer_attribute
+_FILE = 1  # of CUmemAllocationHandleType
+_ON_DEVICE, _READ = 1, 1  # of CUmemLocationType, CUmemAccess_flags
 _HOST, _UNIFIED = 1, 4  # of CUmemorytype; unified: the driver sees from the address where it lies
 
 
@@ -28,6 +30,12 @@ class DriverError(WeightbusError):
 
 class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_ubyte * 64),)
+
+
+class _Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = (("location", ctypes.c_int), ("device", ctypes.c_int), ("flags", ctypes.c_int))
 
 
 class _Copy2D(ctypes.Structure):
@@ -61,6 +69,15 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuIpcGetMemHandle": (_POINTER, _ADDRESS),
     "cuIpcOpenMemHandle_v2": (_POINTER, _Handle, ctypes.c_uint),
     "cuIpcCloseMemHandle": (_ADDRESS,),
+    "cuMemRetainAllocationHandle": (_POINTER, _ADDRESS),
+    "cuMemExportToShareableHandle": (_POINTER, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64),
+    "cuMemImportFromShareableHandle": (_POINTER, _POINTER, ctypes.c_int),
+    "cuMemRelease": (ctypes.c_uint64,),
+    "cuMemAddressReserve": (_POINTER, _SIZE, _SIZE, _ADDRESS, ctypes.c_uint64),
+    "cuMemAddressFree": (_ADDRESS, _SIZE),
+    "cuMemMap": (_ADDRESS, _SIZE, _SIZE, ctypes.c_uint64, ctypes.c_uint64),
+    "cuMemUnmap": (_ADDRESS, _SIZE),
+    "cuMemSetAccess": (_ADDRESS, _SIZE, _POINTER, _SIZE),
     "cuMemcpyAsync": (_ADDRESS, _ADDRESS, _SIZE, _POINTER),
     "cuMemcpy2DAsync_v2": (_POINTER, _POINTER),
 }
@@ -122,15 +139,38 @@ class Allocated:
         return self._complete and self._ask() and bytes(self._numbers) == self._expected
 
 
+def _attribute(number: int, address: int) -> int:
+    value = ctypes.c_uint64()
+    _check("attribute", _library().cuPointerGetAttribute(ctypes.byref(value), number, address))
+    return value.value
+
+
+def has_handle(address: int) -> bool:
+    """Whether ``handle_of`` serves; else it is virtual memory, for ``file_of``."""
+    return bool(_attribute(_HAS_HANDLE, address))
+
+
 def handle_of(base: int) -> bytes:
     """The handle by which another process can open an allocation. Raises DriverError with the reason."""
     handle = _Handle()
-    try:
-        _check("IPC handle", _library().cuIpcGetMemHandle(ctypes.byref(handle), base))
-    except DriverError as error:
-        hint = "memory of expandable_segments, or of a pool that sleeps, has none"
-        raise DriverError(f"{error}; {hint}") from error
+    _check("IPC handle", _library().cuIpcGetMemHandle(ctypes.byref(handle), base))
     return bytes(handle.reserved)
+
+
+def file_of(base: int) -> int:
+    """A file descriptor by which another process can map the allocation behind a piece of virtual memory.
+
+    The caller closes it. Raises DriverError with the reason.
+    """
+    if not _attribute(_HANDLE_TYPES, base) & _FILE:
+        raise DriverError("virtual memory that its allocator did not make to be shared, as pools that sleep do")
+    library, handle, file = _library(), ctypes.c_uint64(), ctypes.c_int()
+    _check("virtual memory", library.cuMemRetainAllocationHandle(ctypes.byref(handle), base))
+    try:
+        _check("sharing it", library.cuMemExportToShareableHandle(ctypes.byref(file), handle, _FILE, 0))
+    finally:
+        library.cuMemRelease(handle)
+    return file.value
 
 
 def open_handle(handle: bytes) -> int:
@@ -148,6 +188,37 @@ def open_handle(handle: bytes) -> int:
 
 def close_handle(address: int) -> None:
     _check("closing an IPC handle", _library().cuIpcCloseMemHandle(address))
+
+
+def map_files(files: Iterable[int], sizes: Sequence[int]) -> int:
+    """Map what other processes' ``file_of`` gave, one behind the other, for the current device to read; the
+    address. The files may be closed as the next one is taken. Raises DriverError."""
+    library, total = _library(), sum(sizes)
+    address, handle = ctypes.c_uint64(), ctypes.c_uint64()
+    _check("addresses", library.cuMemAddressReserve(ctypes.byref(address), total, 0, 0, 0))
+    base, mapped = address.value, 0
+    try:
+        for file, nbytes in zip(files, sizes, strict=True):
+            status = library.cuMemImportFromShareableHandle(ctypes.byref(handle), ctypes.c_void_p(file), _FILE)
+            _check("opening virtual memory", status)
+            try:
+                _check("mapping virtual memory", library.cuMemMap(base + mapped, nbytes, 0, handle, 0))
+            finally:
+                library.cuMemRelease(handle)
+            mapped += nbytes
+        access = _Access(location=_ON_DEVICE, device=torch.cuda.current_device(), flags=_READ)
+        _check("access to virtual memory", library.cuMemSetAccess(base, total, ctypes.byref(access), 1))
+    except BaseException:
+        if mapped:
+            library.cuMemUnmap(base, mapped)
+        library.cuMemAddressFree(base, total)
+        raise
+    return base
+
+
+def unmap_files(address: int, nbytes: int) -> None:
+    _check("unmapping virtual memory", _library().cuMemUnmap(address, nbytes))
+    _check("giving back addresses", _library().cuMemAddressFree(address, nbytes))
 
 
 class EngineCopies:

@@ -29,10 +29,14 @@ _Reason = Annotated[str, Meta(max_length=4096)]
 
 
 class Allocation(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """A piece of memory with a handle of its own; ``handle`` is opaque here."""
+    """A stretch of addresses with a handle of its own; ``handle`` is opaque here.
+
+    pieces: of virtual memory, the file descriptor and bytes of each allocation behind it, in order.
+    """
 
     handle: Annotated[bytes, Meta(max_length=HANDLE_BYTES)]
     nbytes: _Count
+    pieces: tuple[tuple[_Count, _Count], ...] = ()
 
 
 class Place(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -82,6 +86,13 @@ def decode_exports(blob: bytes, facts: Facts, sender: str) -> Exports:
         raise SpecError(f"exports of {sender}: {error}") from error
     if exports.reason:
         return Exports(reason=exports.reason)
+    for number, allocation in enumerate(exports.allocations):
+        found = sum(nbytes for _, nbytes in allocation.pieces)
+        if allocation.pieces and found != allocation.nbytes:
+            raise SpecError(
+                f"allocation {number}: expected pieces of {allocation.nbytes} bytes, got {found}; "
+                f"exports of {sender}"
+            )
     for name, holding in facts.items():
         places = exports.places.get(name, ())
         if len(places) != len(holding.boxes):

@@ -1,22 +1,26 @@
 """Memory of another process of this host: given to read by its owner, and mapped by a reader.
 
-CUDA: the source's own allocations, by CUDA IPC, read in place. CPU: anonymous shared memory (memfd), into
-which the owner packs its parts at each update; it has no name, so that nothing is left of a killed process.
-Nobody writes into another process's memory.
+CUDA: the source's own allocations, read in place: by CUDA IPC, or, as virtual memory (torch's
+``expandable_segments``) has no such handles, by file descriptors that the reader takes over. CPU: anonymous
+shared memory (memfd), into which the owner packs its parts at each update; it has no name, so that nothing is
+left of a killed process. Nobody writes into another process's memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
+import resource
 import secrets
 import socket
 import stat
 import struct
 import warnings
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +42,13 @@ _HEADER_BYTES = mmap.PAGESIZE
 _SECRET_BYTES = 16
 _ALIGN = 64
 _SHARED = struct.Struct(f"<QQ{_SECRET_BYTES}s")  # process id, file descriptor, secret
+_PROCESS = struct.Struct("<QQ")  # process id, its namespace
+
+_PIDFD_GETFD = 438  # the system call's number, the same on all architectures
+CURE = "the reader has to be of the same user, and allowed to trace it (kernel.yama.ptrace_scope)"
+
+# File descriptors that are left to others where the pieces of virtual memory need more than a process may have.
+SPARE_FILES = 256
 
 Parts = Mapping[str, Sequence[Part]]
 
@@ -70,6 +81,9 @@ class Export(Protocol):
     def pack(self, names: Collection[str]) -> None:
         """Make what readers see of these tensors the source's present values."""
 
+    def opened(self) -> None:
+        """No further reader will come."""
+
     def close(self) -> None: ...
 
 
@@ -90,30 +104,49 @@ class DeviceExport:
     """Allocations of a CUDA device, as they are."""
 
     def __init__(self, parts: Parts, device: torch.device) -> None:
-        self._device = device
-        bases: list[int] = []  # in order of address
-        sizes: dict[int, int] = {}
-        with torch.cuda.device(device):
-            driver.bind()
-            for address in sorted(_address(part) for held in parts.values() for part in held):
-                if address and not (bases and address < bases[-1] + sizes[bases[-1]]):
-                    base, nbytes = driver.allocation_of(address)
-                    bases.append(base)
-                    sizes[base] = nbytes
-            self._allocated = driver.Allocated(bases)
-            allocations = tuple(Allocation(handle=driver.handle_of(base), nbytes=sizes[base]) for base in bases)
+        self._files: list[int] = []
+        try:
+            with torch.cuda.device(device):
+                driver.bind()
+                bases, allocations = self._open(_allocated(parts))
+        except BaseException:
+            self.close()
+            raise
 
         def place(part: Part) -> Place:
-            index = max(0, bisect_right(bases, _address(part)) - 1)
-            offset = _address(part) - bases[index] if _address(part) else 0
+            index = max(0, bisect_right(bases, _extent(part)[0]) - 1)
+            offset = _extent(part)[0] - bases[index] if part.tensor.numel() else 0
             return Place(allocation=index, offset=offset, strides=part.tensor.stride())
 
         self.exports = Exports(
             host=host_id(),
             device=device_id(device),
-            allocations=allocations,
+            allocations=tuple(allocations),
             places={name: tuple(map(place, held)) for name, held in parts.items()},
         )
+
+    def _open(self, allocated: Sequence[tuple[int, int]]) -> tuple[list[int], list[Allocation]]:
+        """Handles of allocations, given by base and bytes in order; and the base of each. Neighbors in virtual
+        memory count as one, as a tensor may lie across them."""
+        self._allocated = driver.Allocated([base for base, _ in allocated])
+        virtual = [not driver.has_handle(base) for base, _ in allocated]
+        _make_room_for_files(sum(virtual))
+        bases: list[int] = []
+        found: list[Allocation] = []
+        for (base, nbytes), is_virtual in zip(allocated, virtual, strict=True):
+            if not is_virtual:
+                bases.append(base)
+                found.append(Allocation(handle=driver.handle_of(base), nbytes=nbytes))
+                continue
+            self._files.append(driver.file_of(base))
+            piece = self._files[-1], nbytes
+            if found and found[-1].pieces and bases[-1] + found[-1].nbytes == base:
+                pieces = (*found[-1].pieces, piece)
+                found[-1] = Allocation(handle=_own_handle(), nbytes=found[-1].nbytes + nbytes, pieces=pieces)
+            else:
+                bases.append(base)
+                found.append(Allocation(handle=_own_handle(), nbytes=nbytes, pieces=(piece,)))
+        return bases, found
 
     def moved(self) -> bool:
         # A tensor's address says too little: freed memory may come back there, as other memory.
@@ -122,13 +155,82 @@ class DeviceExport:
     def pack(self, names: Collection[str]) -> None:
         """Nothing: readers see the source itself."""
 
+    def opened(self) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Nothing: a handle holds no memory."""
+        """Handles hold no memory, but files do."""
+        files, self._files = self._files, []
+        for file in files:
+            os.close(file)
 
 
-def _address(part: Part) -> int:
-    """Of the first element; 0 for none."""
-    return part.tensor.data_ptr() if part.tensor.numel() else 0
+def _extent(part: Part) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last one; zeros for no elements."""
+    tensor = part.tensor
+    if not tensor.numel():
+        return 0, 0
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.itemsize
+
+
+def _allocated(parts: Parts) -> list[tuple[int, int]]:
+    """Base and bytes of each allocation in which parts lie, in order of address."""
+    found: list[tuple[int, int]] = []
+    at = 0
+    for start, end in sorted(_extent(part) for held in parts.values() for part in held):
+        at = max(at, start)
+        while at < end:
+            base, nbytes = driver.allocation_of(at)
+            found.append((base, nbytes))
+            at = base + nbytes
+    return found
+
+
+def _own_handle() -> bytes:
+    """What finds this process's files."""
+    return _PROCESS.pack(os.getpid(), os.stat("/proc/self/ns/pid").st_ino)
+
+
+def _make_room_for_files(count: int) -> None:
+    """Raise the limit of open files where so many more would not fit. Raises IpcError if it can't be raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + count + SPARE_FILES if count else 0
+    if wanted > hard:
+        raise IpcError(f"virtual memory of {count} pieces: expected a limit of {wanted} open files, got {hard}")
+    if wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _files_of(allocation: Allocation) -> Generator[int, None, None]:
+    """This process's own descriptor of each piece's file, until the next is taken."""
+    try:
+        process, namespace = _PROCESS.unpack(allocation.handle)
+    except struct.error as error:
+        raise IpcError(f"virtual memory: expected a process, got {error}") from error
+    if namespace != os.stat("/proc/self/ns/pid").st_ino:
+        raise IpcError("virtual memory: expected a process of the same pid namespace")
+    try:
+        owner = os.pidfd_open(process)
+    except OSError as error:
+        raise IpcError(f"virtual memory: its process can't be found: {error}") from error
+    try:
+        for number, _ in allocation.pieces:
+            file = _libc().syscall(_PIDFD_GETFD, owner, ctypes.c_uint(number), 0)
+            if file < 0:
+                reason = os.strerror(ctypes.get_errno())
+                raise IpcError(f"virtual memory: its file can't be taken over (pidfd_getfd): {reason}; {CURE}")
+            try:
+                yield file
+            finally:
+                os.close(file)
+    finally:
+        os.close(owner)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 class SharedExport:
@@ -171,6 +273,9 @@ class SharedExport:
                 if part.tensor.numel():
                     copies.add(self._view(part, place), part.tensor)
         copies.run()
+
+    def opened(self) -> None:
+        """Nothing: the owner itself needs the one file."""
 
     def _view(self, part: Part, place: Place) -> Tensor:
         return view_of(self._memory, place.offset, part.tensor.dtype, part.box.sizes, place.strides)
@@ -224,7 +329,7 @@ class DeviceImport:
             with torch.cuda.device(device):
                 driver.bind()
                 for allocation in exports.allocations:
-                    self.addresses.append(driver.open_handle(allocation.handle))
+                    self.addresses.append(_open_allocation(allocation))
         except BaseException:
             self.close()
             raise
@@ -235,6 +340,8 @@ class DeviceImport:
             with torch.cuda.device(self._device):
                 driver.bind()
                 for address, allocation in zip(self.addresses, self.exports.allocations, strict=True):
+                    if allocation.pieces:
+                        continue  # more than there is could not be mapped
                     if (nbytes := driver.allocation_of(address)[1]) < allocation.nbytes:
                         raise IpcError(f"GPU memory: expected {allocation.nbytes} bytes, got {nbytes}")
         except BaseException:
@@ -244,11 +351,21 @@ class DeviceImport:
     def close(self) -> None:
         addresses, self.addresses = self.addresses, []
         with torch.cuda.device(self._device):
-            for address in addresses:
+            for address, allocation in zip(addresses, self.exports.allocations, strict=False):
                 try:
-                    driver.close_handle(address)
+                    if allocation.pieces:
+                        driver.unmap_files(address, allocation.nbytes)
+                    else:
+                        driver.close_handle(address)
                 except DriverError as error:  # a device that has failed; the others are given back
                     say_once(str(error))
+
+
+def _open_allocation(allocation: Allocation) -> int:
+    if not allocation.pieces:
+        return driver.open_handle(allocation.handle)
+    with contextlib.closing(_files_of(allocation)) as files:
+        return driver.map_files(files, [nbytes for _, nbytes in allocation.pieces])
 
 
 class SharedImport:

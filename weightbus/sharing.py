@@ -64,7 +64,9 @@ class Sharing:
         return encode_exports(Reach())
 
     def follow(self, plan: PeerPlan, rank: int) -> None:
-        """From now on ``ready`` makes ready what ``plan`` lets others copy from this rank."""
+        """From now on ``ready`` makes ready what ``plan`` lets others, who have mapped it, copy from this rank."""
+        if self._export is not None:
+            self._export.opened()
         self._read = frozenset(
             plan.specs[piece.tensor].name
             for reader, pieces in plan.copies.items()
