@@ -79,10 +79,11 @@ class Wave:
 
     def start(self, lanes: Lanes) -> Mark:
         """Reached once all is copied. Engines and kernel work side by side."""
-        with lanes.send:
-            self.host.run()
-            for copies in self.by_engine:
-                copies.start(lanes.send.stream)
+        if self.host or self.by_engine:
+            with lanes.send:
+                self.host.run()
+                for copies in self.by_engine:
+                    copies.start(lanes.send.stream)
         if self.by_kernel is not None:
             with lanes.pack:
                 self.by_kernel.start(lanes.pack.stream)
