@@ -135,6 +135,8 @@ class Broadcast:
     ) -> None:
         """Install what has come."""
         lanes = self.lanes
+        if index in self._landing:
+            wait_for(sent, check)  # copies to the host may block, and then nobody looks at deadlines
         with lanes.install:
             lanes.install.after(sent)
             begun = time.monotonic()
