@@ -17,6 +17,7 @@ using namespace grid61;
 
 namespace {
 
+constexpr i64 kNames = 256, kNameThreads = 8;  // names that a thread takes at a time; threads at most
 constexpr i64 kBlock = 1024;  // words whose products are summed before one reduction; their keys fit in L1
 
 struct Sums {
@@ -132,13 +133,29 @@ Sums tile_sums(const Segment& segment, u32 index, const Tables& tables) {
   return total;
 }
 
+// work(thread) in as many threads as can be had, this one among them; they share out what there is to do.
+template <class Work>
+void in_parallel(i64 threads, const Work& work) {
+  std::vector<std::thread> others;
+  for (i64 thread = 1; thread < threads; ++thread) {
+    try {
+      others.emplace_back(work, thread);
+    } catch (const std::system_error&) {
+      break;  // No more threads to be had: those that started do it all.
+    }
+  }
+  work(0);
+  for (std::thread& thread : others) thread.join();
+}
+
 void digest(const Segment* segments, i64 segment_count, i64 tiles, const u64* keys, i64 axes, u64* out,
             i64 out_count, i64 threads) {
   const Tables tables = make_tables(keys, axes);
   std::atomic<i64> next{0};
   std::vector<std::vector<u64>> sums;
   for (i64 t = 0; t < std::max<i64>(1, std::min(threads, tiles)); ++t) sums.emplace_back(out_count, 0);
-  auto work = [&](u64* mine) {
+  in_parallel(sums.size(), [&](i64 thread) {
+    u64* mine = sums[thread].data();
     for (i64 tile; (tile = next.fetch_add(1)) < tiles;) {
       const Segment& segment =
           *(std::upper_bound(segments, segments + segment_count, tile,
@@ -150,17 +167,7 @@ void digest(const Segment* segments, i64 segment_count, i64 tiles, const u64* ke
         sum = add(sum, found.lane[lane]);
       }
     }
-  };
-  std::vector<std::thread> others;
-  for (size_t t = 1; t < sums.size(); ++t) {
-    try {
-      others.emplace_back(work, sums[t].data());
-    } catch (const std::system_error&) {
-      break;  // No more threads to be had: those that started do it all.
-    }
-  }
-  work(sums[0].data());
-  for (std::thread& thread : others) thread.join();
+  });
   for (i64 i = 0; i < out_count; ++i) {
     out[i] = 0;
     for (const std::vector<u64>& mine : sums) out[i] = add(out[i], mine[i]);
@@ -186,10 +193,12 @@ PyObject* py_sums(PyObject*, PyObject* args) {
   return nullptr;
 }
 
-// Keys of the names that `ends` cuts `text` into, both lanes of each: hashes of prefix, lane and name.
-void name_keys(const char* text, const i64* ends, i64 count, const char* prefix, size_t prefix_size, u64* out) {
+// Keys of names [first, last) of those that `ends` cuts `text` into, both lanes of each: hashes of prefix, lane
+// and name.
+void name_keys(const char* text, const i64* ends, i64 first, i64 last, const char* prefix, size_t prefix_size,
+               u64* out) {
   std::vector<unsigned char> message(prefix, prefix + prefix_size);
-  for (i64 name = 0, begin = 0; name < count; begin = ends[name++]) {
+  for (i64 name = first, begin = first ? ends[first - 1] : 0; name < last; begin = ends[name++]) {
     message.resize(prefix_size + 1);
     message.insert(message.end(), text + begin, text + ends[name]);
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -213,7 +222,14 @@ PyObject* py_name_keys(PyObject*, PyObject* args) {
   for (i64 i = 0; i < count; ++i) sound = sound && at[i] >= (i ? at[i - 1] : 0);
   if (sound) {
     Py_BEGIN_ALLOW_THREADS;
-    name_keys((const char*)text.buf, at, count, (const char*)prefix.buf, prefix.len, (u64*)out.buf);
+    std::atomic<i64> next{0};
+    i64 threads = std::min<i64>({count / kNames, kNameThreads, std::thread::hardware_concurrency()});
+    in_parallel(threads, [&](i64) {
+      for (i64 first; (first = next.fetch_add(kNames)) < count;) {
+        name_keys((const char*)text.buf, at, first, std::min(first + kNames, count), (const char*)prefix.buf,
+                  prefix.len, (u64*)out.buf);
+      }
+    });
     Py_END_ALLOW_THREADS;
   }
   for (Py_buffer* buffer : {&text, &ends, &prefix, &out}) PyBuffer_Release(buffer);

@@ -22,6 +22,7 @@ from weightbus.layout import Part
 from weightbus.spec import Spec
 
 Sums = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.intp]
 
 # When a part is digested: after this wave (a trainer's part is packed, a server's in place), or, by its
 # wire name, when it is whole and its hook is about to take it.
@@ -58,7 +59,7 @@ class Ledger:
         self._keys: tuple[bytes, Sums] = b"", self.sums
         self._nbytes = [entry.part.tensor.nbytes for entry in self._entries]
         self._rows: dict[str, list[tuple[int, Entry]]] = {}
-        self._selections: dict[tuple[int, tuple[str, ...] | None, bool], tuple[list[int], list[str], int]] = {}
+        self._selections: dict[tuple[int, tuple[str, ...] | None, bool], tuple[Rows, list[str], int]] = {}
 
     def launch(self, stage: Stage, seed: bytes) -> bool:
         """Start to digest what belongs to ``stage``, on the current stream; whether there is anything."""
@@ -93,7 +94,7 @@ class Ledger:
 
     def _select(
         self, group: int, modules: Sequence[str] | None, live_only: bool
-    ) -> tuple[list[int], list[str], int]:
+    ) -> tuple[Rows, list[str], int]:
         """Rows, names and bytes of a group's entries; kept, for they are asked for at every update."""
         key = (group, None if modules is None else tuple(modules), live_only)
         if key not in self._selections:
@@ -105,7 +106,7 @@ class Ledger:
                 and (modules is None or entry.part.spec.name.split(".", 1)[0] in modules)
             ]
             names = [self._entries[row].part.spec.name for row in rows]
-            self._selections[key] = rows, names, sum(self._nbytes[row] for row in rows)
+            self._selections[key] = np.array(rows, np.intp), names, sum(self._nbytes[row] for row in rows)
         return self._selections[key]
 
     def fold(

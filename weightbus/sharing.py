@@ -64,7 +64,7 @@ class Sharing:
         return encode_exports(Reach())
 
     def follow(self, plan: PeerPlan, rank: int) -> None:
-        """From now on ``ready`` makes ready what ``plan`` lets others, who have mapped it, copy from this rank."""
+        """From now on ``ready`` makes ready what ``plan`` lets others copy, all of whom have mapped it."""
         if self._export is not None:
             self._export.opened()
         self._read = frozenset(
