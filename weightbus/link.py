@@ -95,13 +95,6 @@ class Connection:
             return None
         return wire.decode_from_hub(self._socket.recv_multipart())
 
-    def wait(self, other: local.LocalSocket, timeout_s: float) -> None:
-        """Until there is something here or at ``other``."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(other, zmq.POLLIN)
-        poller.poll(max(0, round(timeout_s * 1000)))
-
     def close(self) -> None:
         self._socket.close()
 
@@ -326,7 +319,7 @@ class Link:
         while not self._look() and time.monotonic() < until:
             pass
         if not self._inbox and timeout_s:
-            self._connection.wait(self._local, timeout_s)
+            self._local.wait(timeout_s)
             self._look()
         return self._inbox.popleft() if self._inbox else self._connection.receive(0)
 

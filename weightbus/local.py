@@ -25,7 +25,7 @@ from typing import Any
 from weightbus.errors import ProtocolError
 
 _NUMBER = struct.Struct("<I")
-_READ_BYTES = 256 << 10
+_READ_BYTES = 64 << 10
 
 # Connections that have not said whose they are: how many there may be, and for how long.
 MAX_STRANGERS = 64
@@ -42,6 +42,7 @@ class LocalSocket:
         connection.setblocking(False)
         self._socket = connection
         self._max_frames, self._max_bytes = max_frames, max_bytes
+        self._room = bytearray(_READ_BYTES)  # kept, as a look must not take longer than it needs to
         self._read = bytearray()
         self._unsent: deque[memoryview] = deque()
         self.unsent = 0
@@ -81,12 +82,12 @@ class LocalSocket:
         Raises ConnectionError if the other end is gone, ProtocolError for a message that is too long.
         """
         try:
-            data = self._socket.recv(_READ_BYTES)
+            nbytes = self._socket.recv_into(self._room)
         except BlockingIOError:
             return []
-        if not data:
+        if not nbytes:
             raise ConnectionResetError("the other end has closed the connection")
-        self._read += data
+        self._read += memoryview(self._room)[:nbytes]
         messages = []
         while (frames := self._first()) is not None:
             messages.append(frames)
@@ -114,6 +115,12 @@ class LocalSocket:
             end += length
         del read[:end]
         return frames
+
+    def wait(self, timeout_s: float) -> None:
+        """Until there is something to receive."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.poll(max(0, round(timeout_s * 1000)))
 
     def close(self) -> None:
         """The other end is told at once, even if a process that was forked still holds the connection."""
