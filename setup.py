@@ -1,5 +1,6 @@
-"""The compiled part: the CPU digest. It needs a C++17 compiler and no torch headers; where it can't
-be built, weightbus installs without it and digests with torch operations, slower."""
+"""The compiled parts: the CPU digest, and many short reads of a file. They need a C and C++17 compiler and no
+torch headers; where they can't be built, weightbus installs without them: it digests with torch operations and
+reads column shards run by run, slower."""
 
 from setuptools import Extension, setup
 
@@ -11,6 +12,7 @@ setup(
             depends=["csrc/grid61.h", "csrc/sha256.h"],
             extra_compile_args=["-std=c++17", "-O3"],
             optional=True,
-        )
+        ),
+        Extension("weightbus._pread", ["csrc/pread.c"], optional=True),
     ]
 )

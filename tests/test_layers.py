@@ -75,6 +75,7 @@ LAYERS = {
         "digest_list",
         "payload",
         "reading",
+        "_pread",
         "tasks",
         "asking",
         "joined",
@@ -235,7 +236,8 @@ def test_lazy_names_are_what_type_checkers_see() -> None:
 
 
 def test_every_layer_entry_exists() -> None:
-    modules = {name_of(path).partition(".")[2].partition(".")[0] for path in (ROOT / PACKAGE).rglob("*.py")}
+    paths = [path for kind in ("*.py", "*.pyi") for path in (ROOT / PACKAGE).rglob(kind)]
+    modules = {name_of(path).partition(".")[2].partition(".")[0] for path in paths}
     assert sorted(set(LAYER_OF) - modules) == []
 
 
