@@ -52,7 +52,7 @@ bench: $(SETUP)  ## run every benchmark on what this machine has
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(RUN) $$script || [ $$? = 77 ]; done
 
 clean:  ## remove the environment, builds and caches
-	rm -rf $(VENV) build *.egg-info weightbus/digest/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info weightbus/*.so weightbus/digest/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.setup: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

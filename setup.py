@@ -1,5 +1,6 @@
-"""The compiled parts: the CPU digest, and a look at many tensors' addresses. They need a C++17 compiler and no
-torch headers; where they can't be built, weightbus installs without them and is slower."""
+"""The compiled parts: the CPU digest, a look at many tensors' addresses, and many short reads of a file. They
+need a C and C++17 compiler and no torch headers; where they can't be built, weightbus installs without them and
+is slower."""
 
 from setuptools import Extension, setup
 
@@ -18,5 +19,6 @@ setup(
             extra_compile_args=["-std=c++17", "-O3"],
             optional=True,
         ),
+        Extension("weightbus._pread", ["csrc/pread.c"], optional=True),
     ]
 )

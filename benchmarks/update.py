@@ -34,6 +34,8 @@ from torch import Tensor
 
 import weightbus
 
+PAUSE_S = 0.2  # longer than the hub looks out for a next update
+PAUSED = f"weightbus, after {PAUSE_S:g} s of nothing"
 RAW = "raw broadcast of one buffer"
 HASHED_BYTES = 1 << 30
 GEMMS = 100
@@ -335,10 +337,13 @@ def latency(rank: Rank) -> None:
         RAW: lambda: dist.broadcast(raw, 0),
         "weightbus": lambda: bus.update(False),
         "weightbus, verified": lambda: bus.update(True),
+        PAUSED: lambda: (time.sleep(PAUSE_S), bus.update(False))[1],
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 5):
         for name, run in runs.items():
+            if name == PAUSED and turn % 5:
+                continue
             answer: list[Any] = []
             whole = rank.timed(lambda run=run, answer=answer: answer.append(run()))
             took = whole if name == RAW else _of_trainer(rank, answer[0])

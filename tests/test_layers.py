@@ -79,6 +79,7 @@ LAYERS = {
         "payload",
         "shared_payload",
         "reading",
+        "_pread",
         "tasks",
         "asking",
         "joined",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from weightbus.box import Box
 from weightbus.digest import P
 from weightbus.disk import stored_tensors
 from weightbus.errors import SpecError
-from weightbus.reading import Read, Reader, Sources, pieces_of, runs
+from weightbus.reading import Read, Reader, Sources, pieces_of, runs_of
 
 
 @st.composite
@@ -30,13 +31,29 @@ def boxes(draw):
 @given(boxes())
 def test_runs_are_the_elements_of_a_box_in_order_and_as_long_as_can_be(case):
     shape, box = case
-    places = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)[box.within(Box.whole(shape))].reshape(-1)
-    starts, length = runs(shape, box)
-    assert [s + i for s in starts.tolist() for i in range(length)] == places.tolist()
+    numbers = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
+    found, count = [], 0
+    for part, first, pitch, runs in runs_of(shape, box):
+        starts = [first + i * pitch for i in range(runs)]
+        places = [start + i for start in starts for i in range(part.volume // runs)]
+        assert places == numbers[part.within(Box.whole(shape))].reshape(-1).tolist()
+        found += places
+        count += runs
+    places = numbers[box.within(Box.whole(shape))].reshape(-1)
+    assert found == places.tolist()
     breaks = int((np.diff(places) != 1).sum())
-    assert len(starts) >= breaks + 1
+    assert count >= breaks + 1
     if len(shape) <= 2:
-        assert len(starts) == breaks + 1
+        assert count == breaks + 1
+
+
+@pytest.fixture(params=["compiled", "interpreted"])
+def each_way(request, monkeypatch):
+    """The compiled loop over runs, and the one that stands in where it was not built."""
+    if request.param == "interpreted":
+        monkeypatch.setattr(reading, "_pread", None)
+    elif reading._pread is None:
+        pytest.skip("weightbus._pread is not built")
 
 
 @pytest.fixture
@@ -74,7 +91,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [None, torch.float64], ids=["as stored", "cast"])
 @pytest.mark.parametrize("strided", [False, True])
-def test_every_box_lands_bit_for_bit(stored, dtype, strided):
+def test_every_box_lands_bit_for_bit(stored, each_way, dtype, strided):
     tensors, files = stored
     reads, expected = [], []
     for name, spans in CASES.items():
@@ -116,35 +133,74 @@ def test_digests_of_boxes_add_up_to_the_tensors(stored, keep):
     assert all((piece.kept is not None) == keep for piece in work)
 
 
-def test_asks_a_file_for_exactly_the_bytes_of_its_boxes(stored, monkeypatch):
+def rchar():
+    """Bytes that this thread has asked files for."""
+    with open("/proc/thread-self/io") as file:
+        return int(file.readline().split()[1])
+
+
+def test_asks_a_file_for_exactly_the_bytes_of_its_boxes(stored, each_way):
     tensors, files = stored
-    asked = []
-    real = reading.os.preadv
-    monkeypatch.setattr(
-        reading.os,
-        "preadv",
-        lambda fd, buffers, at: asked.append(sum(map(len, buffers))) or real(fd, buffers, at),
-    )
     box = box_of(tensors["matrix"], (0, 70), (25, 50))
-    view = torch.zeros(70, 25)
+    read = Read(stored=files["matrix"], box=box, view=None)
+    sources = Sources([files["matrix"]], {})
+    into = bytearray(7000)
+    work = pieces([read])
+    looks = rchar(), rchar()
+    at = 0
+    for piece in work:
+        sources.fill(piece, memoryview(into)[at : at + piece.nbytes])
+        at += piece.nbytes
+    asked = rchar() - looks[1] - (looks[1] - looks[0])
+    sources.close()
+    assert (len(work), at) == (7, 7000)
+    assert abs(asked - 7000) < 10  # digits of what was asked before
+    assert into == tensors["matrix"][:, 25:].contiguous().numpy().tobytes()
+
+
+def test_short_runs_are_read_without_the_interpreter(stored, monkeypatch):
+    pytest.importorskip("weightbus._pread")
+    tensors, files = stored
+    monkeypatch.delattr(reading.os, "preadv")
+    box = box_of(tensors["matrix"], (0, 70), (7, 8))
+    view = torch.zeros(70, 1)
     sources = Sources([files["matrix"]], {})
     read = Read(stored=files["matrix"], box=box, view=view)
     Reader(sources, torch.device("cpu"), lambda: None).write(pieces([read]), {0: view}, lambda _: None)
     sources.close()
-    assert asked == [100] * 70
+    assert torch.equal(view, tensors["matrix"][:, 7:8])
 
 
-def test_the_first_failure_ends_it_and_no_thread_goes_on(stored):
-    _, files = stored
-    view = torch.zeros(70, 50)
+def test_reads_that_fail_say_why(tmp_path):
+    compiled = pytest.importorskip("weightbus._pread")
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    for read in (compiled.read_runs, reading.read_runs):
+        with (tmp_path / "file").open("rb") as file:
+            into = bytearray(12)
+            assert read(file.fileno(), 10, 30, 3, memoryview(into)) == 12
+            assert into == bytes([10, 11, 12, 13, 40, 41, 42, 43, 70, 71, 72, 73])
+            assert read(file.fileno(), 38, 30, 3, memoryview(into)) == 10  # two bytes of the last run
+            assert into[8:10] == bytes([98, 99])
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            read(-1, 0, 30, 3, memoryview(into))
+    for runs in (0, 5, -1):
+        with pytest.raises(ValueError, match="expected memory for equal runs"):
+            compiled.read_runs(0, 0, 30, runs, memoryview(bytearray(12)))
+
+
+@pytest.mark.parametrize("columns", [50, 25], ids=["rows", "columns"])
+def test_the_first_failure_ends_it_and_no_thread_goes_on(stored, each_way, columns):
+    tensors, files = stored
+    view = torch.zeros(70, columns)
     sources = Sources([files["matrix"]], {})
     os.truncate(files["matrix"].path, files["matrix"].begin + 5000)
-    read = Read(stored=files["matrix"], box=Box.whole((70, 50)), view=view)
+    read = Read(stored=files["matrix"], box=box_of(tensors["matrix"], (0, 70), (0, columns)), view=view)
     with pytest.raises(SpecError, match=r"matrix: expected data up to byte \d+, got a file of \d+; truncated"):
         Reader(sources, torch.device("cpu"), lambda: None).write(pieces([read]), {0: view}, lambda _: None)
     with pytest.raises(SpecError, match="stays as it is while it is loaded"):
         sources.check_unchanged()
     sources.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "weightbus-file"]
 
 
 def test_a_wait_can_be_ended_from_outside(stored):
@@ -159,6 +215,7 @@ def test_a_wait_can_be_ended_from_outside(stored):
     with pytest.raises(InterruptedError):
         Reader(sources, torch.device("cpu"), ended).write(pieces([read]), {0: view}, lambda _: None)
     sources.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "weightbus-file"]
 
 
 @settings(max_examples=30, deadline=None)

@@ -59,11 +59,12 @@ MAX_HELLOS = 1024
 # From this size on, all recipients of a message share one copy of it.
 SHARED_BYTES = 64 << 10
 
-# In a round, the hub and its ranks look for the next message so long before they wait for it: being woken
-# up costs more than all else that they do. Only where there are cores to spare.
+# In a round, the ranks look for the next message so long before they wait for it: being woken up costs more
+# than all else that they do. Only where there are cores to spare.
 SPIN_S = 0.001 if (os.cpu_count() or 1) >= 8 else 0.0
 
-# The hub does so for longer, as ranks transfer meanwhile; but not while a round only waits for somebody.
+# The hub looks for so long after each message but heartbeats, since ranks transfer meanwhile, or one update
+# follows the other; and so do ranks that wait for the outcome.
 HUB_SPIN_S = 100 * SPIN_S
 
 Handler = Callable[[bytes, Any, float], m.Message | None]
@@ -159,7 +160,7 @@ class Hub:
                 poller.register(self._door.socket, zmq.POLLIN)
             next_tick = next_second = 0.0
             while not self._stopping and not self._deserted():
-                until = self._spin_until if self.coordinator.round is not None else 0.0
+                until = self._spin_until
                 if not self._receive_local():
                     while not (int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN or self._receive_local()):
                         if time.monotonic() >= until:

@@ -7,17 +7,17 @@ one row's piece of a column shard.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +29,11 @@ from weightbus.errors import SpecError
 from weightbus.part import Part
 from weightbus.runs import row_major
 from weightbus.spec import ITEMSIZE
+
+try:
+    from weightbus import _pread
+except ImportError:
+    _pread: Any = None  # type: ignore[no-redef]
 
 READERS = 4
 BUFFER_BYTES = 8 << 20
@@ -55,57 +60,81 @@ class Read:
     view: Tensor | None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Piece:
-    """At most a buffer of a read. number: the read's. kept: its bytes, where they are kept in memory."""
+    """At most a buffer of a read, as equal runs of bytes in its file.
+
+    number: the read's. begin, pitch: the byte where the first run begins, and how far on each next one does.
+    kept: the piece's bytes, where they are kept in memory.
+    """
 
     number: int
     stored: Stored
     box: Box
     within: tuple[slice, ...]
+    begin: int
+    pitch: int
+    runs: int
+    nbytes: int
     kept: Tensor | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self.box.volume * ITEMSIZE[self.stored.spec.dtype]
+    def in_runs(self, memory: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Where each run begins in the file, and its part of the piece's memory."""
+        length = self.nbytes // self.runs
+        for i in range(self.runs):
+            yield self.begin + i * self.pitch, memory[i * length : (i + 1) * length]
 
 
 def pieces_of(reads: Sequence[Read], buffer_bytes: int | None = None) -> list[Piece]:
     limit = BUFFER_BYTES if buffer_bytes is None else buffer_bytes
-    return [
-        Piece(number=number, stored=read.stored, box=box, within=box.within(read.box))
-        for number, read in enumerate(reads)
-        if read.box.volume
-        for box in read.box.split(limit // ITEMSIZE[read.stored.spec.dtype])
-    ]
+    found = []
+    for number, read in enumerate(reads):
+        stored, itemsize = read.stored, ITEMSIZE[read.stored.spec.dtype]
+        for whole in read.box.split(limit // itemsize) if read.box.volume else ():
+            for box, first, pitch, runs in runs_of(stored.spec.shape, whole):
+                piece = Piece(
+                    number=number,
+                    stored=stored,
+                    box=box,
+                    within=() if box is read.box else box.within(read.box),
+                    begin=stored.begin + first * itemsize,
+                    pitch=pitch * itemsize,
+                    runs=runs,
+                    nbytes=box.volume * itemsize,
+                )
+                found.append(piece)
+    return found
 
 
-def runs(shape: Sequence[int], box: Box) -> tuple[npt.NDArray[np.int64], int]:
-    """Where the contiguous runs of a box begin in a row-major tensor, in elements, and how long each is."""
+def runs_of(shape: Sequence[int], box: Box) -> Iterator[tuple[Box, int, int, int]]:
+    """Boxes that make up ``box``, each of equal runs at one distance in a row-major tensor: the box, where its
+    first run begins, the distance, and how many runs it has; in elements."""
     axis = len(shape)
-    while axis and box.sizes[axis - 1 :] == tuple(shape[axis - 1 :]):
+    while axis and box.sizes[axis - 1] == shape[axis - 1]:
         axis -= 1
     axis = max(axis - 1, 0)  # one axis more may be cut, and the run is still contiguous
-    length = int(np.prod(box.sizes[axis:], dtype=np.int64))
-    starts = np.zeros((1,), dtype=np.int64)
-    stride = int(np.prod(shape[axis + 1 :], dtype=np.int64))
-    if shape:
-        starts += box.offsets[axis] * stride
-        stride *= shape[axis]
-    for a in reversed(range(axis)):
-        steps = np.arange(box.offsets[a], box.offsets[a] + box.sizes[a], dtype=np.int64) * stride
-        starts = (steps[:, None] + starts).reshape(-1)
-        stride *= shape[a]
-    return starts, length
+    if axis < 2 or Box(box.offsets[:axis], box.sizes[:axis]).runs_in(Box.whole(shape[:axis])):
+        first = 0
+        for offset, size in zip(box.offsets, shape, strict=True):
+            first = first * size + offset
+        yield box, first, math.prod(shape[axis:]), math.prod(box.sizes[:axis])
+        return
+    for part in box.split(box.volume // next(n for n in box.sizes if n > 1)):
+        yield from runs_of(shape, part)
 
 
-def file_spans(piece: Piece) -> Iterator[tuple[int, slice]]:
-    """Each run of a piece: the byte of the file where it begins, and its bytes of the piece, row-major."""
-    starts, length = runs(piece.stored.spec.shape, piece.box)
-    itemsize = ITEMSIZE[piece.stored.spec.dtype]
-    length *= itemsize
-    for i, begin in enumerate((starts * itemsize + piece.stored.begin).tolist()):
-        yield begin, slice(i * length, (i + 1) * length)
+def read_runs(file: int, begin: int, pitch: int, runs: int, into: memoryview) -> int:
+    """Fill ``into`` with equal runs of a file; returns how many bytes there were, fewer where the file ends.
+    ``_pread.read_runs`` does the same without the interpreter."""
+    length = len(into) // runs
+    filled = 0
+    while filled < len(into):
+        run, done = divmod(filled, length)
+        count = os.preadv(file, [into[filled : filled + length - done]], begin + run * pitch + done)
+        if not count:
+            break
+        filled += count
+    return filled
 
 
 class Sources:
@@ -138,48 +167,32 @@ class Sources:
         except OSError as error:
             raise unreadable(path, error) from error
 
-    def read(self, tensor: Stored, begin: int, into: memoryview) -> None:
-        """Fill ``into`` from byte ``begin`` of the tensor's file. Raises SpecError if that ends before."""
+    def fill(self, piece: Piece, into: memoryview) -> None:
+        """Read a piece, row-major, into memory of its size. Raises SpecError if its file ends before."""
+        tensor = piece.stored
         if (payload := self._memory.get(tensor.path)) is not None:
             assert isinstance(payload, memoryview), "what lies on a GPU is not read by the host"
-            into[:] = payload[begin : begin + len(into)]
+            for begin, run in piece.in_runs(into):
+                run[:] = payload[begin : begin + len(run)]
             return
         file = self._files[tensor.path]
         try:
-            while into:
-                count = os.preadv(file, [into], begin)
-                if not count:
-                    raise SpecError(
-                        f"{tensor.path}: {tensor.spec.name}: expected data up to byte {tensor.end}, "
-                        f"got a file of {begin}; truncated"
-                    )
-                into, begin = into[count:], begin + count
+            if piece.runs > 1:
+                # Of a column shard: the kernel's own read-ahead does not see that they follow each other.
+                os.posix_fadvise(file, piece.begin, piece.runs * piece.pitch, os.POSIX_FADV_WILLNEED)
+            read = _pread.read_runs if _pread else read_runs
+            count = read(file, piece.begin, piece.pitch, piece.runs, into)
         except OSError as error:
             raise unreadable(tensor.path, error) from error
+        if count < len(into):
+            raise SpecError(
+                f"{tensor.path}: {tensor.spec.name}: expected data up to byte {tensor.end}, "
+                f"got a file of {os.fstat(file).st_size}; truncated"
+            )
 
     def on_device(self, piece: Piece) -> OnDevice | None:
         memory = self._memory.get(piece.stored.path)
         return None if isinstance(memory, memoryview) else memory
-
-    def fill(self, piece: Piece, into: memoryview) -> None:
-        """Read a piece, row-major, into memory of its size."""
-        spans = list(file_spans(piece))
-        file = self._files.get(piece.stored.path)
-        if file is None or len(spans) == 1:
-            for begin, span in spans:
-                self.read(piece.stored, begin, into[span])
-            return
-        # Runs of a column shard: the kernel's own read-ahead does not see that they follow each other.
-        first, (last, span) = spans[0][0], spans[-1]
-        os.posix_fadvise(file, first, last + span.stop - span.start - first, os.POSIX_FADV_WILLNEED)
-        length, preadv = span.stop - span.start, os.preadv
-        for begin, span in spans:
-            try:
-                whole = preadv(file, [into[span]], begin) == length
-            except OSError as error:
-                raise unreadable(piece.stored.path, error) from error
-            if not whole:  # cut short: by a signal, or by the file's end
-                self.read(piece.stored, begin, into[span])
 
     def check_unchanged(self) -> None:
         """Raises SpecError for a file that has been written to since it was opened."""
@@ -245,45 +258,53 @@ class _Threads:
     def __init__(self, device: torch.device, check: Check) -> None:
         """check: called while waiting; raises once the task has ended elsewhere."""
         self._check = check
-        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for _ in range(READERS):
-            self._workers.put(_Worker(device))
+        self._workers = [_Worker(device) for _ in range(READERS)]
 
     def run(
         self, pieces: Sequence[Piece], work: Callable[[Piece, _Worker], None], progress: Callable[[int], None]
     ) -> None:
         """Returns once all pieces are done. Raises what the first one raises, when none is at work any more."""
+        left: queue.SimpleQueue[list[Piece]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[list[Piece]] = queue.SimpleQueue()
+        for batch in _batches(pieces):
+            left.put(batch)
+        ending = threading.Event()
+        errors: list[BaseException] = []
 
-        def one(batch: list[Piece]) -> int:
-            worker = self._workers.get()
+        def one(worker: _Worker) -> None:
             try:
-                for piece in batch:
-                    work(piece, worker)
-            finally:
-                self._workers.put(worker)
-            return sum(piece.nbytes for piece in batch)
+                with contextlib.suppress(queue.Empty):
+                    while not ending.is_set():
+                        batch = left.get_nowait()
+                        for piece in batch:
+                            work(piece, worker)
+                        done.put(batch)
+            except BaseException as error:
+                errors.append(error)
+                ending.set()
 
-        pool = ThreadPoolExecutor(READERS, "weightbus-file")
+        started: list[threading.Thread] = []
         try:
-            futures = [pool.submit(one, batch) for batch in _batches(pieces)]
-            left = set(futures)
+            for worker in self._workers[: left.qsize()]:
+                thread = threading.Thread(target=one, args=(worker,), name="weightbus-file")
+                thread.start()
+                started.append(thread)
             # Looked at now and then only: each time, this thread takes the interpreter from the readers.
-            while left:
-                self._check()
-                done, left = wait(left, LOOK_S, FIRST_EXCEPTION)
-                if any(future.exception() for future in done):
-                    break
-                progress(sum(future.result() for future in done))
-            pool.shutdown(wait=True, cancel_futures=True)
-            for future in futures:
-                if not future.cancelled():
-                    future.result()
+            for thread in started:
+                going = True
+                while going:
+                    self._check()
+                    thread.join(LOOK_S)
+                    going = thread.is_alive()
+                    progress(sum(piece.nbytes for _ in range(done.qsize()) for piece in done.get()))
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            for _ in range(READERS):
-                worker = self._workers.get()
+            ending.set()
+            for thread in started:
+                thread.join()
+            for worker in self._workers:
                 worker.drain()
-                self._workers.put(worker)
+        if errors:
+            raise errors[0]
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -331,18 +352,28 @@ class Reader:
     ) -> None:
         """Put each piece into its read's view, which ``views`` gives by the read's number."""
 
+        # All at once, and not between the reads, which leave nothing of the interpreter in the caches.
+        placed = {piece: views[piece.number][piece.within] for piece in pieces}
+        live = {
+            piece: memory_of(view)
+            for piece, view in placed.items()
+            if piece.kept is None
+            and self._sources.on_device(piece) is None
+            and _direct(view)
+            and view.dtype == torch_dtype(piece.stored.spec.dtype)
+        }
+
         def work(piece: Piece, worker: _Worker) -> None:
-            view = views[piece.number][piece.within]
-            if piece.kept is not None:
-                worker.copy(view, piece.kept)
+            if piece in live:
+                self._sources.fill(piece, live[piece])
+            elif piece.kept is not None:
+                worker.copy(placed[piece], piece.kept)
             elif (memory := self._sources.on_device(piece)) is not None:
-                worker.fetch(memory, piece, view)
-            elif _direct(view) and view.dtype == torch_dtype(piece.stored.spec.dtype):
-                self._sources.fill(piece, memory_of(view))
+                worker.fetch(memory, piece, placed[piece])
             else:
                 tensor = worker.take(piece)
                 self._sources.fill(piece, memory_of(tensor))
-                worker.copy(view, tensor)
+                worker.copy(placed[piece], tensor)
 
         self._threads.run(pieces, work, progress)
 
@@ -406,11 +437,10 @@ class Writer:
         return sums.total()
 
     def _put(self, piece: Piece, data: memoryview) -> None:
-        for begin, span in file_spans(piece):
-            left, at = data[span], begin
+        for begin, left in piece.in_runs(data):
             while left:
-                count = os.pwrite(self._files[piece.stored.path], left, at)
-                left, at = left[count:], at + count
+                count = os.pwrite(self._files[piece.stored.path], left, begin)
+                left, begin = left[count:], begin + count
 
     def __enter__(self) -> Writer:
         return self
