@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import threading
 
 import pytest
@@ -352,6 +353,7 @@ def test_one_process_with_layers_in_host_memory(dtype):
 
 
 def cuda_trainer(rank, size, *, address, route):
+    torch.cuda.set_device(int(os.environ["LOCAL_DEVICE"]))
     model = Toy().to("cuda")
     found = []
     with weightbus.Publisher(model, address=address, route=route, join_timeout_s=60) as publisher:
@@ -363,6 +365,7 @@ def cuda_trainer(rank, size, *, address, route):
 
 
 def cuda_server(rank, size, *, address, dtype, whole):
+    torch.cuda.set_device(int(os.environ["LOCAL_DEVICE"]))
     target = Toy(dtype).to("cuda")
     if whole:  # nothing is left on the GPU
         for tensor in (target.big, *target.buffers(recurse=False)):

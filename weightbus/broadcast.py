@@ -34,12 +34,6 @@ class Broadcast:
         self.compiled, self.group, self.lanes, self.hooks = compiled, group, lanes, hooks
         self.sent, self.live = sent, live
         self.wrote = False
-        # Waves after which the host waits, as it reads what they bring.
-        self._landing = {
-            index
-            for index, wave in enumerate(compiled.waves)
-            if wave.unpack.to_host or any(hooks[name].to_host for name in wave.assembled)
-        }
         self._ended: list[Mark] = []
         self._digested: dict[int, Mark] = {}
         # Told the name of a stage and when a piece of it began, at its end; on CUDA the host's time.
@@ -65,7 +59,7 @@ class Broadcast:
         lanes, compiled = self.lanes, self.compiled
         lanes.begin(after)
         try:
-            ahead = 0 if lanes.overlap and not self._landing else compiled.depth - 1
+            ahead = 0 if lanes.overlap and not compiled.landing else compiled.depth - 1
             pending: deque[tuple[int, Wave, list[Any], Mark]] = deque()
             for index, wave in enumerate(compiled.waves):
                 check()
@@ -76,18 +70,19 @@ class Broadcast:
                     self._finish(*pending.popleft(), seed, check, progress)
             while pending:
                 self._finish(*pending.popleft(), seed, check, progress)
-            with lanes.install:
-                for name in compiled.whole.keys() - compiled.last.keys():  # tensors without elements
-                    self._install(name, seed)
+            if empty := compiled.whole.keys() - compiled.last.keys():  # tensors without elements
+                with lanes.install:
+                    for name in empty:
+                        self._install(name, seed)
+                self._ended.append(lanes.install.mark())
             if seed:
                 self.sent.prepare(seed)
                 self.live.prepare(seed)
             if lanes.overlap:
                 meanwhile()
-                for wave, mark in zip(compiled.waves, self._ended, strict=True):
+                for index, mark in enumerate(self._ended):
                     wait_for(mark, check, pause_s=pause_s)
-                    progress(wave.nbytes)
-                wait_for(lanes.install.mark(), check, pause_s=pause_s)
+                    progress(compiled.waves[index].nbytes if index < len(compiled.waves) else 0)
         except BaseException:
             lanes.end()
             raise
@@ -135,7 +130,7 @@ class Broadcast:
     ) -> None:
         """Install what has come."""
         lanes = self.lanes
-        if index in self._landing:
+        if index in self.compiled.landing:
             wait_for(sent, check)  # copies to the host may block, and then nobody looks at deadlines
         with lanes.install:
             lanes.install.after(sent)
@@ -148,7 +143,7 @@ class Broadcast:
             for name in wave.assembled:
                 self._install(name, seed)
         self._ended.append(lanes.install.mark())
-        if index in self._landing:
+        if index in self.compiled.landing:
             wait_for(self._ended[index], check)
         self.clock("install", begun)
         if seed:

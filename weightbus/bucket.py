@@ -54,12 +54,14 @@ class Wave:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
     """This rank's waves. whole: for each tensor with a hook, the whole tensor that the hook will take.
-    last: for each tensor, the wave that brings the last of it. depth: how many waves may be under way."""
+    last: for each tensor, the wave that brings the last of it. depth: how many waves may be under way.
+    landing: waves after which the host waits, as it reads what they bring."""
 
     waves: list[Wave]
     whole: dict[str, Tensor]
     last: dict[str, int]
     depth: int
+    landing: frozenset[int]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -196,7 +198,13 @@ def compile_waves(
     last = {name: final for name, (_, final) in spans.items()}
     for name in whole.keys() & last.keys():
         waves[last[name]].assembled.append(name)
-    return Compiled(waves=waves, whole=whole, last=last, depth=staging.num_buckets)
+    hooks = target.hooks if target else {}
+    landing = frozenset(
+        index
+        for index, wave in enumerate(waves)
+        if wave.unpack.to_host or any(hooks[name].to_host for name in wave.assembled)
+    )
+    return Compiled(waves=waves, whole=whole, last=last, depth=staging.num_buckets, landing=landing)
 
 
 def _step(ends: _Ends, wave: Wave, transfer: Transfer, buffer: Tensor, *, staged: bool) -> Step:

@@ -244,7 +244,8 @@ class Peer:
         The sources are complete: their ranks have waited for that before they said that they were ready.
         """
         lanes = self.lanes
-        lanes.begin(after)
+        if self.compiled.waves or seed:  # else this rank leaves the GPU to the one that copies
+            lanes.begin(after)
         try:
             if seed:
                 with lanes.digest:

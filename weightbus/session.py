@@ -238,7 +238,7 @@ class Session:
         ``reconnect_timeout_s``.
         """
         try:
-            return self.link.receive(timeout_s)
+            return self.link.receive(timeout_s, spin_s=SPIN_S)
         except HubLost as lost:
             if self.link.rejoin(timeout_s):
                 return self.link.receive(0)

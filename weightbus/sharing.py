@@ -82,7 +82,9 @@ class Sharing:
         if self._export is None:
             return Look(gone=False, filled=None)
         if filled is None and self.device.type == "cuda":
-            filled = torch.cuda.current_stream(self.device).record_event()
+            stream = torch.cuda.current_stream(self.device)
+            # An event would be the GPU's to reach, which may be at another process's work.
+            filled = None if stream.query() else stream.record_event()
         return Look(gone=self._export.moved(), filled=filled)
 
     def ready(self, look: Look, timeout_s: float) -> bool:
