@@ -53,7 +53,16 @@ def gpus() -> Iterator[str]:
     for what in ("update", "update, verified"):
         row = find(peer, **model, case="GPU 0 to 1", what=what)
         yield from timed(what.replace("update", "weightbus, peer route (CUDA IPC)"), row, base)
+    released = rows_of("released-h100")
+    base = find(released, **model, what="raw broadcast of one buffer")
+    for row in released:
+        if row["model"] == "qwen3-8b" and row["what"].startswith("checkpoint-engine"):
+            yield from timed(row["what"], row, base)
     yield ""
+    yield "checkpoint-engine 0.4.2 from PyPI, in a run of its own beside weightbus"
+    yield "([result](benchmarks/results/released-h100.json), `benchmarks/released.py` says what is timed)."
+    yield ""
+    yield from other_models()
     check = find(rows, **model, case="check", what="publisher.check()")
     hashed = find(rows, **model, case="check", what=".cpu() and hashlib's SHA-256, a piece of the model")
     if check and hashed:
@@ -62,6 +71,22 @@ def gpus() -> Iterator[str]:
             f"SHA-256 there runs at {hashed['nbytes'] / hashed['p50_s'] / 1e9:.2f} GB/s in the same run."
         )
         yield ""
+
+
+def other_models() -> Iterator[str]:
+    rows = rows_of("update-h100-models")
+    yield "Other models by the broadcast route ([result](benchmarks/results/update-h100-models.json),"
+    yield "[plot](benchmarks/results/update-h100.png)):"
+    yield ""
+    yield "| model | tensors | GB | raw broadcast, ms | update, ms | verified, ms |"
+    yield "|---|---|---|---|---|---|"
+    for model in dict.fromkeys(row["model"] for row in rows):
+        names = "raw broadcast of one buffer", "weightbus", "weightbus, verified"
+        found = [find(rows, model=model, case="bf16", what=name) for name in names]
+        if raw := found[0]:
+            figures = " | ".join(f"{row['p50_s'] * 1e3:.1f}" if row else "" for row in found)
+            yield f"| {model} | {raw['tensors']} | {raw['nbytes'] / 1e9:.1f} | {figures} |"
+    yield ""
 
 
 def digests() -> Iterator[str]:

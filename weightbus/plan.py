@@ -19,8 +19,10 @@ from weightbus.spec import ITEMSIZE, Spec, castable, fingerprint
 SLOT_ALIGN = 16
 
 # A box of at least this size travels alone, so that either end may use its storage in place.
-# Smaller ones cost less to copy through a bucket than a transfer of their own costs.
+# Boxes that are smaller than this, or than this share of a bucket, cost less to copy through one than a transfer
+# of their own costs: on NVLink that is so up to 4 MiB, a 64th of CUDA's default.
 SOLO_BYTES = 1 << 20
+SOLO_OF_BUCKET = 64
 
 # Boxes that go through buckets are cut to this share of one, so that buckets of boxes of all sizes are full.
 PIECES_PER_BUCKET = 4
@@ -145,6 +147,7 @@ def plan_broadcast(
     specs = wire_specs(manifest, wants)
     lengths = dict.fromkeys(sources, 0)
     piece_bytes = bucket_bytes // PIECES_PER_BUCKET
+    least_solo = min(max(SOLO_BYTES, bucket_bytes // SOLO_OF_BUCKET), piece_bytes)
     waves = _Waves(bucket_bytes, sum(spec.nbytes for spec in specs))
     # With several senders, each of them needs a bucket for what the others send.
     alone = in_place and len(sources) == 1
@@ -160,7 +163,7 @@ def plan_broadcast(
                 pieces = box.split(max(1, piece_bytes // itemsize))
             for piece in pieces:
                 nbytes = piece.volume * itemsize
-                solo = nbytes >= min(SOLO_BYTES, piece_bytes)
+                solo = nbytes >= least_solo
                 waves.add(src, index, piece, nbytes, direct=direct and solo, solo=solo)
     waves.close()
     name = fingerprint([bucket_bytes, *specs, *waves.closed])

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,20 +62,21 @@ def broadcast(backend: Any, buffers: Sequence[tuple[torch.Tensor, int]], device:
     On CUDA they are one NCCL group in the current stream itself, which is all that need be waited for.
     """
     cuda = device.type == "cuda"
-
-    def start(buffer: torch.Tensor, src: int) -> Any:
-        options = dist.BroadcastOptions()
-        options.rootRank = src
-        options.rootTensor = 0
-        options.asyncOp = not cuda
-        return backend.broadcast([buffer], options)
-
     if not cuda:
-        return [start(buffer, src) for buffer, src in buffers]
+        return [backend.broadcast([buffer], _options(src, True)) for buffer, src in buffers]
     backend._start_coalescing()
     try:
         for buffer, src in buffers:
-            start(buffer, src)
+            backend.broadcast([buffer], _options(src, False))
     finally:
         backend._end_coalescing()
     return []
+
+
+@cache
+def _options(src: int, is_async: bool) -> Any:
+    options = dist.BroadcastOptions()
+    options.rootRank = src
+    options.rootTensor = 0
+    options.asyncOp = is_async
+    return options
