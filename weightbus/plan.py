@@ -19,8 +19,8 @@ from weightbus.spec import ITEMSIZE, Spec, castable, fingerprint
 SLOT_ALIGN = 16
 
 # A box of at least this size travels alone, so that either end may use its storage in place.
-# Boxes that are smaller than this, or than this share of a bucket, cost less to copy through one than a transfer
-# of their own costs: on NVLink that is so up to 4 MiB, a 64th of CUDA's default.
+# Boxes that are smaller than this, or than this share of a bucket, cost less to copy through one than a
+# transfer of their own costs: on NVLink that is so up to 4 MiB, a 64th of CUDA's default.
 SOLO_BYTES = 1 << 20
 SOLO_OF_BUCKET = 64
 
