@@ -1,6 +1,7 @@
 """Writes the figures of README.md from benchmarks/results/, between its two marks; ``--check`` only compares.
 
 python benchmarks/readme.py
+python benchmarks/readme.py --plot benchmarks/results/update-h100.png
 """
 
 from __future__ import annotations
@@ -124,7 +125,14 @@ def figures() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit 1 if README.md says something else")
+    parser.add_argument("--plot", metavar="FILE", help="draw all models' updates on GPUs instead (matplotlib)")
     options = parser.parse_args()
+    if options.plot:
+        from update import plot  # which needs torch
+
+        released = [row for row in rows_of("released-h100") if row["what"].startswith("checkpoint-engine")]
+        plot(options.plot, [*rows_of("update-h100"), *rows_of("update-h100-models"), *released])
+        return 0
     readme = ROOT / "README.md"
     text = readme.read_text()
     before, rest = text.split(BEGIN)

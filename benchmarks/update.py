@@ -426,7 +426,7 @@ def plot(path: str, rows: Sequence[dict[str, Any]]) -> None:
         style = "o-" if name.startswith("weightbus") else "k--" if name == RAW else "s:"
         axes.plot([x for x, _ in points], [y for _, y in points], style, label=name)
     axes.set(xlabel="model, GB", ylabel="update, ms (median)", xscale="log", yscale="log")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
