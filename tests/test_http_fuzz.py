@@ -160,7 +160,7 @@ def test_the_shell_loads_and_says_how_it_ended(tmp_path, capsys):
         assert "refused, nothing was written" in said
         assert "unet: expected a module among transformer, vae, text_encoder" in said
     assert cli.main(["update-from-disk", str(good), "--hub", "tcp://127.0.0.1:1"]) == 2
-    assert "no hub listens at tcp://127.0.0.1:1" in capsys.readouterr().err
+    assert "no hub answered at tcp://127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_with_keys_the_shell_loads_and_the_routes_answer(tmp_path, capsys, monkeypatch):
@@ -174,7 +174,7 @@ def test_with_keys_the_shell_loads_and_the_routes_answer(tmp_path, capsys, monke
         assert cli.main(["http", "--hub", address, "--keys", str(keys)]) == 0
         with TestClient(served[0]) as client:
             assert client.get("/health").json()["message"] == "replica 0: 1 of 1 ranks, ready"
-        monkeypatch.setattr("weightbus.asking.ANSWER_S", 1.0)
+        monkeypatch.setattr("weightbus.http.ANSWER_S", 1.0)
         with TestClient(http.create_app(address)) as client:  # without keys
             assert client.get("/health").status_code == 503
 
@@ -184,7 +184,7 @@ def test_with_keys_the_shell_loads_and_the_routes_answer(tmp_path, capsys, monke
 )
 def test_to_other_hosts_the_shell_needs_keys(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(http.uvicorn, "run", lambda app, **options: None)
-    monkeypatch.setattr("weightbus.asking.listens", lambda address: False)
+    monkeypatch.setattr("weightbus.http.listens", lambda address: False)
     assert cli.main([*command, "--hub", "tcp://192.0.2.1:5757"]) == 2
     assert "address: expected a loopback address, or keys" in capsys.readouterr().err
     assert cli.main([*command, "--keys", str(tmp_path)]) == 2

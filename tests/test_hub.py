@@ -61,11 +61,13 @@ SAMPLES: list[m.Message] = [
     a.AskPause(id="i", hub="h", for_s=5.0),
     a.AskResume(id="i", hub="h"),
     m.AskTask(
-        id="i", task=m.LoadTask(), wait_s=1.0, run_s=1.0,
+        id="i", hub="h", task=m.LoadTask(), wait_s=1.0, run_s=1.0,
         frames=[m.Frame(place=0, module=None, nbytes=3)], payloads=[b"abc"],
     ),
-    m.AskTask(id="i", task=m.SaveTask(path="p", modules=None, version=1, file_bytes=1), wait_s=1.0, run_s=1.0),
-    m.AskTask(id="i", task=m.ProbeTask(replica=0, question="q"), wait_s=1.0, run_s=1.0),
+    m.AskTask(
+        id="i", hub="h", task=m.SaveTask(path="p", modules=None, version=1, file_bytes=1), wait_s=1.0, run_s=1.0
+    ),
+    m.AskTask(id="i", hub="h", task=m.ProbeTask(replica=0, question="q"), wait_s=1.0, run_s=1.0),
     m.AskReplicas(id="i"),
     m.StoreSet(peer="p", call=1, key="k", value=b"v"),
     m.StoreGet(peer="p", call=1, key="k"),
@@ -460,15 +462,17 @@ def test_many_simulated_ranks(stage):
 # -- requests that carry tensors -------------------------------------------------------------------
 
 
-def in_pieces(nbytes):
+def in_pieces(hub, nbytes):
     frame = m.Frame(place=0, module=None, nbytes=nbytes)
-    ask = m.AskTask(id="i", task=m.LoadTask(), wait_s=0.2, run_s=1.0, frames=[frame], payloads=[bytes(nbytes)])
+    ask = m.AskTask(
+        id="i", hub=hub, task=m.LoadTask(), wait_s=0.2, run_s=1.0, frames=[frame], payloads=[bytes(nbytes)]
+    )
     return wire.encode_to_hub(ask, "")
 
 
 def test_a_clients_tensors_come_in_pieces(stage):
     client = stage.connect()
-    pieces = in_pieces(3 * m.PIECE_BYTES)
+    pieces = in_pieces(stage.hub.token, 3 * m.PIECE_BYTES)
     assert len(pieces) == 4
     for frames in pieces:
         client.send_multipart(frames)
@@ -477,6 +481,18 @@ def test_a_clients_tensors_come_in_pieces(stage):
     assert isinstance(answer, m.TaskEnd)
     assert not answer.ok
     assert "replica" in str(answer.failures[0])
+
+
+def test_a_task_for_another_hub_is_not_done(stage):
+    """A request that was recorded there may be played again here."""
+    client = stage.connect()
+    for frames in in_pieces("another", 10):
+        client.send_multipart(frames)
+    assert client.poll(10_000)
+    end = wire.decode_from_hub(client.recv_multipart())
+    assert isinstance(end, m.TaskEnd)
+    assert (end.ok, end.moved) == (False, False)
+    assert str(end.failures[0]) == "hub: expected this hub's token"
 
 
 def test_pieces_of_anything_else_are_refused(stage):
@@ -490,16 +506,16 @@ def test_requests_that_are_not_whole_share_one_room(stage, monkeypatch):
     monkeypatch.setattr(m, "MAX_PAYLOAD_BYTES", 5 * m.PIECE_BYTES)
     monkeypatch.setattr("weightbus.hub.STALLED_S", 0.5)
     slow, other = stage.connect(), stage.connect()
-    for frames in in_pieces(3 * m.PIECE_BYTES)[:3]:
+    for frames in in_pieces(stage.hub.token, 3 * m.PIECE_BYTES)[:3]:
         slow.send_multipart(frames)
     time.sleep(0.2)
-    for frames in in_pieces(3 * m.PIECE_BYTES):
+    for frames in in_pieces(stage.hub.token, 3 * m.PIECE_BYTES):
         other.send_multipart(frames)
     assert other.poll(10_000)
     assert "bytes in one request just now" in wire.decode_from_hub(other.recv_multipart()).reason
     time.sleep(1.0)  # the slow one has stopped coming
     third = stage.connect()
-    for frames in in_pieces(3 * m.PIECE_BYTES):
+    for frames in in_pieces(stage.hub.token, 3 * m.PIECE_BYTES):
         third.send_multipart(frames)
     assert third.poll(10_000)
     assert isinstance(wire.decode_from_hub(third.recv_multipart()), m.TaskEnd)

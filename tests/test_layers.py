@@ -81,7 +81,6 @@ LAYERS = {
         "reading",
         "_pread",
         "tasks",
-        "asking",
         "joined",
         "sha256_ranks",
         "sha256_check",
@@ -126,7 +125,6 @@ TORCH_FREE = (
     "weightbus.metrics",
     "weightbus.disk",
     "weightbus.payload",
-    "weightbus.asking",
     "weightbus.cli",
 )
 

@@ -21,9 +21,8 @@ from torch import nn
 
 import weightbus
 from weightbus import hub as hub_module
-from weightbus import messages as m
 from weightbus import reading
-from weightbus.asking import Asking
+from weightbus.client import Client
 from weightbus.digest_list import NAME as LIST
 from weightbus.digest_list import load_saved, saved_of
 
@@ -192,17 +191,17 @@ def driver(rank, size, *, address, good, bad):
     failures, words = [], []
     with weightbus.Publisher(modules, address=address, rank=rank, size=size, join_timeout_s=30) as publisher:
         words.append(publisher.update(1).word)
-        with Asking(address) as asking:
+        with Client(address) as client:
             for path in bad:
-                end = asking.run(m.LoadTask(path=str(path)), wait_s=5, run_s=20)
+                end = client.update_from_disk(path, timeout_s=20)
                 failures.append((end.ok, end.moved, [str(failure) for failure in end.failures]))
             words.append(publisher.check().word)
-            (info,) = asking.replicas().replicas
+            (info,) = client.replicas().replicas
             words.append((info.state, info.version, info.joined))
-            end = asking.run(m.LoadTask(path=str(good), modules=["vae"]), wait_s=5, run_s=20)
+            end = client.update_from_disk(good, modules=["vae"], timeout_s=20)
             words.append((end.ok, end.verdict, end.version, end.ranks))
             words.append(str(publisher.check()))
-            end = asking.run(m.LoadTask(path=str(good), atomic=True), wait_s=5, run_s=20)
+            end = client.update_from_disk(good, atomic=True, timeout_s=20)
             words.append((end.ok, end.verdict, end.version))
             words.append(str(publisher.check()))
             words.append(publisher.update(4).word)

@@ -125,7 +125,9 @@ def test_two_payloads_for_one_module_are_refused():
 
 def test_payloads_must_be_those_announced():
     frame = m.Frame(place=0, module=None, nbytes=3)
-    ask = m.AskTask(id="1", task=m.LoadTask(), wait_s=1.0, run_s=1.0, frames=[frame], payloads=[b"abc"])
+    ask = m.AskTask(
+        id="1", hub="h", task=m.LoadTask(), wait_s=1.0, run_s=1.0, frames=[frame], payloads=[b"abc"]
+    )
     assert wire.decode_to_hub(wire.encode(ask)) == ask
     for payloads, expected in (
         ([], "expected 1 payloads of 3 bytes, got 0 of 0"),

@@ -21,9 +21,8 @@ from processes import Job, run_jobs
 
 import weightbus
 from weightbus import http
-from weightbus import messages as m
-from weightbus.asking import Asking
 from weightbus.box import Box
+from weightbus.client import Client
 from weightbus.errors import SpecError
 from weightbus.exports import Allocation, Exports, Place
 from weightbus.hub import Hub
@@ -256,14 +255,13 @@ def asker(rank, size, *, address, device):
     said = []
 
     def ask(*payloads, version=None):
-        frames = [m.Frame(place=i, module=name, nbytes=len(data)) for i, (name, data) in enumerate(payloads)]
-        task = m.LoadTask(format="shared", partial=True, version=version)
-        with Asking(address) as asking:
-            end = asking.run(task, wait_s=30, run_s=30, frames=frames, payloads=[data for _, data in payloads])
+        given = [data if name is None else {name: data} for name, data in payloads]
+        with Client(address) as client:
+            end = client.update_from_tensor(given, version=version, format="shared", timeout_s=30)
         said.append((end.ok, end.moved, end.version, "; ".join(map(str, end.failures))))
 
-    with Asking(address) as asking:
-        while not any(found.joined == found.size for found in asking.replicas().replicas):
+    with Client(address) as client:
+        while not any(found.joined == found.size for found in client.replicas().replicas):
             time.sleep(0.05)
     with weightbus.share_tensors(two["transformer"]) as shared:
         ask((None, shared.payload), version=2)

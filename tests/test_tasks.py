@@ -17,7 +17,13 @@ class Desk(Room):
     def ask(self, task, *, frames=(), wait_s=3.0, run_s=5.0):
         payloads = [b"x" * frame.nbytes for frame in frames]
         request = m.AskTask(
-            id=f"r{self.now}", task=task, wait_s=wait_s, run_s=run_s, frames=list(frames), payloads=payloads
+            id=f"r{self.now}",
+            hub="h",
+            task=task,
+            wait_s=wait_s,
+            run_s=run_s,
+            frames=list(frames),
+            payloads=payloads,
         )
         self.hub.tasks.ask(b"client", request, self.now)
         self.hub.advance(self.now)

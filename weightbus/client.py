@@ -1,11 +1,11 @@
-"""Ask the hub, from a shell or any process: status, and what the trainer is to do. Imports no torch."""
+"""Ask the hub, from a shell, an HTTP server or any process: status, updates, loads. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +19,12 @@ from weightbus.link import Connection, NotSent
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 
-# Beyond a request's own time, for the answer to come.
+# Beyond a request's own time, for the answer to come; and beyond all steps of a task.
 SLACK_S = 5.0
+TASK_SLACK_S = 15.0
+
+# Tensors in a request: of one module, or of several by name.
+Payload = bytes | Mapping[str, bytes]
 
 
 class Client:
@@ -29,7 +33,8 @@ class Client:
     keys, insecure: as the publisher's. timeout_s: for the hub to answer at all.
     ``check``, ``update`` and ``set_version`` need the trainer: they run at its next ``publisher.poll()`` or
     at the end of its next ``update()``, and wait ``wait_s`` for that; ``on_wait`` is called with what the hub
-    says they wait for. All methods raise HubError if no hub answers.
+    says they wait for. Loads need a replica's ranks only, each in ``poll`` or ``serve``. All methods raise
+    HubError if no hub answers.
     """
 
     def __init__(
@@ -99,6 +104,122 @@ class Client:
         """Let updates go on."""
         return self._answered(a.AskResume(id=secrets.token_hex(8), hub=self._hub()), 0.0)
 
+    def update_from_disk(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        replica: int | None = None,
+        modules: Sequence[str] | None = None,
+        version: int | None = None,
+        atomic: bool = False,
+        verify: bool = True,
+        timeout_s: float = 600.0,
+    ) -> m.TaskEnd:
+        """Have a replica's ranks load safetensors files, as ``Subscriber.update_from_disk`` does.
+
+        replica: by default the only complete one. timeout_s: to wait for other rounds, and for each step.
+        The answer is ``ok``, or has ``failures``; ranks may hold a mixture only if it says ``moved``.
+        """
+        task = m.LoadTask(
+            replica=replica,
+            path=os.path.abspath(path),
+            modules=None if modules is None else list(modules),
+            version=version,
+            atomic=atomic,
+            verify=verify,
+        )
+        return self.run(task, wait_s=timeout_s, run_s=timeout_s)
+
+    def update_from_tensor(
+        self,
+        payloads: Payload | Sequence[Payload],
+        *,
+        replica: int | None = None,
+        modules: Sequence[str] | None = None,
+        version: int | None = None,
+        format: m.PayloadFormat = "safetensors",
+        timeout_s: float = 600.0,
+    ) -> m.TaskEnd:
+        """Have a replica's ranks write named tensors; others stay as they are. Arguments and answer as above.
+
+        payloads: one for all ranks, or a sequence of one for each rank, in order. Each is the bytes of a
+        safetensors file, of a ``flattened_bucket``, or what ``share_tensors`` gives, as ``format`` says
+        (docs/loading.md); or a mapping of module names to such bytes.
+        """
+        given = [payloads] if isinstance(payloads, bytes | Mapping) else payloads
+        named = [
+            (place, module, data)
+            for place, payload in enumerate(given)
+            for module, data in (payload.items() if isinstance(payload, Mapping) else [(None, payload)])
+        ]
+        task = m.LoadTask(
+            replica=replica,
+            modules=None if modules is None else list(modules),
+            version=version,
+            format=format,
+            partial=True,
+        )
+        frames = [m.Frame(place=place, module=module, nbytes=len(data)) for place, module, data in named]
+        payload_bytes = [data for _, _, data in named]
+        return self.run(task, wait_s=timeout_s, run_s=timeout_s, frames=frames, payloads=payload_bytes)
+
+    def run(
+        self,
+        task: m.Task,
+        *,
+        wait_s: float,
+        run_s: float,
+        frames: Sequence[m.Frame] = (),
+        payloads: Sequence[bytes] = (),
+    ) -> m.TaskEnd:
+        """Ask for a task and wait for its end. Raises HubError if no end comes in its time."""
+        id = self.send(task, wait_s=wait_s, run_s=run_s, frames=frames, payloads=payloads)
+        limit_s = wait_s + 4 * run_s + TASK_SLACK_S
+        if (end := self.end(id, limit_s)) is None:
+            raise HubError(f"no answer from the hub at {self.address} for {limit_s:.0f} s")
+        return end
+
+    def send(
+        self,
+        task: m.Task,
+        *,
+        wait_s: float,
+        run_s: float,
+        frames: Sequence[m.Frame] = (),
+        payloads: Sequence[bytes] = (),
+    ) -> str:
+        """Ask for a task; returns the id of its end."""
+        ask = m.AskTask(
+            id=secrets.token_hex(8),
+            hub=self._hub(),
+            task=task,
+            wait_s=wait_s,
+            run_s=run_s,
+            frames=list(frames),
+            payloads=list(payloads),
+        )
+        self._connection.send(ask)
+        return ask.id
+
+    def end(self, id: str, timeout_s: float) -> m.TaskEnd | None:
+        """How the task with this id has ended; None if it has not in ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            answer = self._connection.receive(max(0.0, deadline - time.monotonic()))
+            if isinstance(answer, m.Refused):
+                raise HubError(f"the hub at {self.address} refused a request: {answer.reason}")
+            if isinstance(answer, m.TaskEnd) and answer.id == id:
+                return answer
+            if answer is None:
+                return None
+
+    def replicas(self) -> m.Replicas:
+        """What the hub knows of the replicas."""
+        answer = self._ask(m.AskReplicas(id=secrets.token_hex(8)), 0.0)
+        if not isinstance(answer, m.Replicas):
+            raise HubError(f"replicas: expected them, got {type(answer).__name__}")
+        return answer
+
     def _hub(self) -> str:
         """The token of the hub that is there now: what was asked of another is not done by this one."""
         return self.status(past=0).hub
@@ -109,7 +230,7 @@ class Client:
             raise HubError(f"{type(ask).__name__}: expected an answer, got {type(answer).__name__}")
         return answer
 
-    def _ask(self, ask: a.AskStatus | a.Command, wait_s: float) -> m.Message:
+    def _ask(self, ask: a.AskStatus | a.Command | m.AskReplicas, wait_s: float) -> m.Message:
         deadline = time.monotonic() + self.timeout_s
         sent = False
         while True:

@@ -33,13 +33,17 @@ from starlette.types import Message
 
 from weightbus import __version__
 from weightbus import messages as m
-from weightbus.asking import Asking
+from weightbus.client import Client
 from weightbus.disk import check_inside
 from weightbus.errors import HubError, SpecError, WeightbusError
 from weightbus.keys import Keys, load_keys
 from weightbus.payload import refuse_pickle
+from weightbus.start import listens
 
 DEFAULT_PORT = 5780
+
+# A hub answers what it knows at once.
+ANSWER_S = 5.0
 DEFAULT_BODY_BYTES = 512 << 20
 TOKEN_VARIABLE = "WEIGHTBUS_HTTP_TOKEN"
 
@@ -248,11 +252,16 @@ def router(
     }
     routes = APIRouter(route_class=Route, dependencies=[Depends(security)], responses=responses)
 
+    def client() -> Client:
+        if not listens(address):
+            raise HubError(f"no hub listens at {address}")
+        return Client(address, keys=keys, timeout_s=ANSWER_S)
+
     def run(
         task: m.Task, frames: list[m.Frame] | None = None, payloads: list[bytes] | None = None
     ) -> m.TaskEnd:
-        with Asking(address, keys) as asking:
-            return asking.run(task, wait_s=wait_s, run_s=run_s, frames=frames, payloads=payloads)
+        with client() as asking:
+            return asking.run(task, wait_s=wait_s, run_s=run_s, frames=frames or (), payloads=payloads or ())
 
     def loaded(end: m.TaskEnd, what: str, flush: bool) -> JSONResponse:
         if not end.ok:
@@ -358,7 +367,7 @@ def router(
         return _answer(ok, text, 200 if ok else 503)
 
     def info() -> m.ReplicaInfo:
-        with Asking(address, keys) as asking:
+        with client() as asking:
             known = asking.replicas().replicas
         found = [one for one in known if replica is None or one.replica == replica]
         if len(found) != 1:

@@ -421,6 +421,9 @@ class Hub:
     def _ask_task(self, identity: bytes, ask: m.AskTask, now: float) -> m.Message | None:
         if not self._has_turn(identity):
             return None
+        if (refused := self._stranger(ask)) is not None:
+            failure = m.Failure(rank="hub", tensor=None, reason=refused.reason.removeprefix("hub: "))
+            return m.TaskEnd(id=ask.id, ok=False, verdict="failed", failures=[failure])
         self.coordinator.tasks.ask(identity, ask, now)
         self.coordinator.advance(now)
         return None
@@ -452,7 +455,7 @@ class Hub:
         self.coordinator.advance(now)
         return a.Answer(id=ask.id, ok=True, reason="updates go on")
 
-    def _stranger(self, ask: a.Command) -> a.Answer | None:
+    def _stranger(self, ask: a.Command | m.AskTask) -> a.Answer | None:
         """What was recorded, at this hub's predecessor or elsewhere, is not done here."""
         if ask.hub == self.token:
             return None

@@ -7,10 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from weightbus import messages as m
-from weightbus.asking import Asking
+from weightbus.client import Client
 from weightbus.errors import WeightbusError
-from weightbus.keys import load_keys
 
 
 def main(arguments: list[str]) -> int:
@@ -27,24 +25,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no-verify", action="store_true", help="leave the directory's digest list alone")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of each step")
     options = parser.parse_args(arguments)
-    task = m.LoadTask(
-        replica=options.replica,
-        path=os.path.abspath(options.path),
-        modules=options.module,
-        version=options.version,
-        atomic=options.atomic,
-        verify=not options.no_verify,
-    )
+    path = os.path.abspath(options.path)
     try:
-        with Asking(options.hub, load_keys(options.keys, insecure=options.insecure)) as asking:
-            end = asking.run(task, wait_s=options.timeout, run_s=options.timeout)
+        with Client(options.hub, keys=options.keys, insecure=options.insecure) as client:
+            end = client.update_from_disk(
+                path,
+                replica=options.replica,
+                modules=options.module,
+                version=options.version,
+                atomic=options.atomic,
+                verify=not options.no_verify,
+                timeout_s=options.timeout,
+            )
     except WeightbusError as error:
         print(f"weightbus update-from-disk: {error}", file=sys.stderr)
         return 2
     if not end.ok:
         head = "failed, ranks may hold a mixture" if end.moved else "refused, nothing was written"
-        print("\n  ".join([f"{task.path}: {head}", *map(str, end.failures)]), file=sys.stderr)
+        print("\n  ".join([f"{path}: {head}", *map(str, end.failures)]), file=sys.stderr)
         return 1
     label = "" if end.version is None else f" version {end.version}"
-    print(f"{end.verdict} load{label} of {task.path} on {end.ranks} ranks in {end.seconds:.3f} s")
+    print(f"{end.verdict} load{label} of {path} on {end.ranks} ranks in {end.seconds:.3f} s")
     return 0

@@ -554,9 +554,11 @@ Task = LoadTask | SaveTask | ProbeTask
 
 
 class AskTask(Message, tag="ask_task"):
-    """Of a client, which never says hello. wait_s: until the task may start; run_s: for each of its steps."""
+    """Of a client, which never says hello. hub: the token that its status told; no other hub does the task.
+    wait_s: until the task may start; run_s: for each of its steps."""
 
     id: Token
+    hub: Token
     task: Task
     wait_s: Seconds
     run_s: Seconds

@@ -17,8 +17,8 @@ import msgspec
 import torch
 
 from weightbus import messages as m
-from weightbus.asking import Asking
 from weightbus.bucket import Staging
+from weightbus.client import Client
 from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError, UpdateError
 from weightbus.group import Group
@@ -212,21 +212,21 @@ class Session:
         deadline = time.monotonic() + timeout_s
         with contextlib.ExitStack() as stack:
             keys = None if isinstance(self.link, Loopback) else self.link.keys
-            asking = stack.enter_context(Asking(self.link.address, keys)) if lead else None
-            id = asking.send(task, wait_s=timeout_s, run_s=timeout_s) if asking else ""
+            client = stack.enter_context(Client(self.link.address, keys=keys)) if lead else None
+            id = client.send(task, wait_s=timeout_s, run_s=timeout_s) if client else ""
             while True:
                 message = self.link.receive(0.05)
                 if isinstance(message, m.TaskOffer):
                     turn = TaskTurn(self, message, report=report, expected=task, save=save)
                     outcome = turn.follow()
-                    if asking:
-                        asking.receive(id, 1.0)  # the same outcome, as the client hears it
+                    if client:
+                        client.end(id, 1.0)  # the same outcome, as the client hears it
                     return outcome, turn
                 if isinstance(message, m.Offer):
                     self.follow(message, Progress())
                 elif isinstance(message, m.Farewell):
                     stack.callback(self.link.push_back, message)  # a task needs no trainer
-                elif asking and isinstance(end := asking.receive(id, 0.0), m.TaskEnd):
+                elif client and (end := client.end(id, 0.0)) is not None:
                     raise_for(end, "task")
                 if time.monotonic() > deadline + SLACK_S:
                     raise UpdateError(f"task: expected rank 0 to ask for it within {timeout_s:.0f} s")
