@@ -63,9 +63,10 @@ SHARED_BYTES = 64 << 10
 # than all else that they do. Only where there are cores to spare.
 SPIN_S = 0.001 if (os.cpu_count() or 1) >= 8 else 0.0
 
-# The hub looks for so long after each message but heartbeats, since ranks transfer meanwhile, or one update
-# follows the other; and so do ranks that wait for the outcome.
+# The hub looks for so long after each message of a round, since ranks transfer meanwhile, or one update follows
+# the other; and so do ranks that wait for the outcome. What comes at all times is no reason to.
 HUB_SPIN_S = 100 * SPIN_S
+ROUTINE = (m.Beat, m.Poll, m.StoreCheck, a.AskStatus)
 
 Handler = Callable[[bytes, Any, float], m.Message | None]
 
@@ -254,9 +255,10 @@ class Hub:
         answer: m.Message | None
         try:
             message = wire.decode_to_hub(frames)
-            if not isinstance(message, m.Beat):
-                self._spin_until = now + HUB_SPIN_S
+            in_round = self.coordinator.round is not None
             answer = self._handlers[type(message)](identity, message, now)
+            if (in_round or self.coordinator.round is not None) and not isinstance(message, ROUTINE):
+                self._spin_until = now + HUB_SPIN_S
         except ProtocolError as error:
             answer = self._refused(identity, str(error))
         except Exception as error:  # a fault of ours must not end the hub for all the others
