@@ -203,9 +203,9 @@ class Turn:
         with contextlib.suppress(WeightbusError):
             self._look_at_source()
             self._looked = True
-        if self.session.recent is not None and self.copied is None:
-            sharing = self.session.recent.sharing
-            self._seen = sharing, sharing.look()
+            if self.session.recent is not None and self.copied is None:
+                sharing = self.session.recent.sharing
+                self._seen = sharing, sharing.look()
 
     def _look_at_source(self) -> None:
         session = self.session
