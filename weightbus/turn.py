@@ -199,13 +199,13 @@ class Turn:
 
     def look_ahead(self) -> None:
         """Trainer ranks, once the hub has been told and while its offer is on the way: look at its tensors."""
-        # What is wrong is said when there is an offer to refuse.
-        with contextlib.suppress(WeightbusError):
+        # What is wrong, be it in the source's own code, is said when there is an offer to refuse.
+        with contextlib.suppress(Exception):
             self._look_at_source()
             self._looked = True
-        if self.session.recent is not None and self.copied is None:
-            sharing = self.session.recent.sharing
-            self._seen = sharing, sharing.look()
+            if self.session.recent is not None and self.copied is None:
+                sharing = self.session.recent.sharing
+                self._seen = sharing, sharing.look()
 
     def _look_at_source(self) -> None:
         session = self.session
