@@ -258,8 +258,7 @@ class Turn:
     def _plan(self, gathered: m.Gathered) -> Planned:
         """The plan, alike on all ranks, and this rank's compiled part of it."""
         session, members, rank = self.session, self._offer.members, self._rank
-        sharing, self._sharing = self._sharing, None
-        if self._sources is None or sharing is None:
+        if self._sources is None or self._sharing is None:
             raise ProtocolError("wants: expected the sources first")
         facts = self._decode(gathered)
         survey = Survey(
@@ -278,6 +277,7 @@ class Turn:
         sends = self._me.trainer is not None and session.origin is not None
         own = self._parts(session.origin) if sends and session.origin else {}
         target = self._target(self._sources)
+        sharing, self._sharing = self._sharing, None  # from here on the plan's to close
         return make_planned(survey, self._settings, sharing, own, target, session.staging)
 
     # -- transfer and verification -----------------------------------------------------------------
