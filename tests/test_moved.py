@@ -71,6 +71,23 @@ def test_a_copy_is_made_by_the_strides_of_the_call(address):
         assert torch.equal(weight, torch.arange(36.0).view(6, 6) + version), version
 
 
+def test_modules_of_a_mapping_that_are_replaced():
+    source, target = ({name: nn.Linear(3, 3) for name in ("a", "b")} for _ in range(2))
+    with weightbus.colocate(source, target) as pair:
+        assert pair.update(1).word == "verified"
+        for version, ends in ((2, (source,)), (3, (target,)), (4, (source, target))):
+            for end in ends:
+                end["b"] = nn.Linear(3, 3)
+            assert pair.update(version).word == "verified"
+            assert torch.equal(target["b"].weight, source["b"].weight)
+            assert pair.check().word == "verified"
+        source["c"], target["c"] = nn.Linear(2, 2), nn.Linear(2, 2)
+        assert pair.update(5).word == "verified"
+        assert torch.equal(target["c"].weight, source["c"].weight)
+        del source["a"], target["a"]
+        assert pair.update(6).tensors == 4
+
+
 def test_saves_and_loads_go_by_the_strides_of_the_call(address, tmp_path):
     source, target = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
     hub = Hub(address)
