@@ -168,6 +168,17 @@ def test_readers_can_neither_write_nor_resize() -> None:
     export.close()
 
 
+def test_shared_memory_that_cannot_be_had_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, nbytes: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(ipc.mmap, "mmap", full)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(IpcError, match=r"no shared memory of \d+ bytes can be had: .*Cannot allocate memory"):
+        export_parts(parts_of(w=torch.ones(4)), CPU)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_why_not() -> None:
     exports = Exports(host="elsewhere", device="cpu")
     with pytest.raises(IpcError, match="different hosts"):

@@ -251,10 +251,14 @@ class SharedExport:
             places[name] = tuple(rows)
         secret = secrets.token_bytes(_SECRET_BYTES)
         self._file = os.memfd_create("weightbus", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._file, offset)
-        # Readers need not fear that pages vanish under them.
-        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        memory = mmap.mmap(self._file, offset)
+        try:
+            os.ftruncate(self._file, offset)
+            # Readers need not fear that pages vanish under them.
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            memory = mmap.mmap(self._file, offset)
+        except OSError as error:
+            os.close(self._file)
+            raise IpcError(f"no shared memory of {offset} bytes can be had: {error}") from error
         memory[:_SECRET_BYTES] = secret
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         self._parts = parts
