@@ -168,6 +168,17 @@ def test_readers_can_neither_write_nor_resize() -> None:
     export.close()
 
 
+def test_shared_memory_that_cannot_be_had_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, nbytes: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(ipc.mmap, "mmap", full)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(IpcError, match=r"no shared memory of \d+ bytes can be had: .*Cannot allocate memory"):
+        export_parts(parts_of(w=torch.ones(4)), CPU)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_why_not() -> None:
     exports = Exports(host="elsewhere", device="cpu")
     with pytest.raises(IpcError, match="different hosts"):
@@ -190,7 +201,8 @@ def holder(pipe: object, text: bytes) -> None:
     pipe.recv()  # type: ignore[attr-defined]
 
 
-def test_files_of_another_process_are_taken_over_one_by_one() -> None:
+def test_files_of_another_process_are_taken_over_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open", raising=False)  # as where Python was built with older headers
     with another_process(holder, b"virtual memory") as pipe:
         assert pipe.poll(30)
         handle, file = pipe.recv()
@@ -203,6 +215,8 @@ def test_files_of_another_process_are_taken_over_one_by_one() -> None:
             list(ipc._files_of(Allocation(handle=handle, nbytes=1, pieces=((file + 1000, 1),))))
         with pytest.raises(IpcError, match="expected a process of the same pid namespace"):
             list(ipc._files_of(Allocation(handle=handle[:8] + bytes(8), nbytes=1, pieces=((file, 1),))))
+        with pytest.raises(IpcError, match=r"its process can't be found \(pidfd_open\): Invalid argument"):
+            list(ipc._files_of(Allocation(handle=bytes(8) + handle[8:], nbytes=1, pieces=((file, 1),))))
         with pytest.raises(IpcError, match="expected a process, got"):
             list(ipc._files_of(Allocation(handle=b"short", nbytes=1, pieces=((file, 1),))))
         assert len(os.listdir("/proc/self/fd")) == before
@@ -220,6 +234,24 @@ def test_more_pieces_than_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> 
     assert limits[-1][1] == 4096
     with pytest.raises(IpcError, match=r"virtual memory of 9000 pieces: expected a limit of .* got 4096"):
         ipc._make_room_for_files(9000)
+
+
+def test_mappings_are_given_back_by_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have made no call of CUDA yet; a device that has failed keeps none of them from being tried."""
+    calls: list[object] = []
+
+    def bind() -> None:
+        calls.append("bind")
+        raise RuntimeError("the device has failed")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(ipc.driver, "bind", bind)
+    monkeypatch.setattr(ipc.driver, "close_handle", calls.append)
+    opened = DeviceImport.__new__(DeviceImport)
+    opened.exports = Exports(allocations=(Allocation(handle=b"a", nbytes=1),) * 2)
+    opened.addresses, opened._device = [7, 8], torch.device("cuda", 0)
+    opened.close()
+    assert calls == ["bind", 7, 8]
 
 
 # -- CUDA --------------------------------------------------------------------------------------------

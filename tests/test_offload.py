@@ -205,6 +205,54 @@ def server(rank, size, *, address):
     return seen, model.down.weight.shape
 
 
+def faulty_trainer(rank, size, *, address):
+    model, live, faults = nn.Linear(6, 4, bias=False), torch.zeros(4, 6), []
+
+    def tensors():
+        if faults:
+            raise RuntimeError(faults.pop())
+        return [("weight", live)]
+
+    model.weightbus_tensors = tensors
+    found = []
+    with weightbus.Publisher(model, address=address, join_timeout_s=30) as publisher:
+        for version in (1, 2, 3):
+            live.fill_(version)
+            if version == 2:
+                faults += ["the offloader is busy"] * 2
+            try:
+                found.append(publisher.update(version).word)
+            except weightbus.UpdateError as error:
+                found.append(str(error))
+    return found
+
+
+def plain_server(rank, size, *, address):
+    model = nn.Linear(6, 4, bias=False)
+    seen = []
+    with weightbus.Subscriber(
+        model,
+        address=address,
+        on_commit=lambda version: seen.append((version, model.weight.unique().tolist())),
+        on_torn=lambda error: seen.append(str(error)),
+        on_refused=lambda error: seen.append("refused"),
+    ) as subscriber:
+        subscriber.serve()
+    return seen
+
+
+def test_a_hook_that_raises_on_a_trainer_refuses_the_update(address):
+    ((found,), (seen,)) = run_jobs(
+        Job(run=faulty_trainer, arguments={"address": address}),
+        Job(run=plain_server, arguments={"address": address}),
+    )
+    assert (found[0], found[2]) == ("verified", "verified")
+    assert "nothing was written" in found[1]
+    assert "trainer rank 0" in found[1]
+    assert "RuntimeError: the offloader is busy" in found[1]
+    assert seen == [(1, [1.0]), "refused", (3, [3.0])]
+
+
 @pytest.mark.parametrize("route", ["broadcast", "peer"])
 def test_updates_and_checks(address, route):
     ((words,), (served,)) = run_jobs(

@@ -17,8 +17,10 @@ from processes import Job, run_jobs
 import weightbus
 from weightbus import driver
 from weightbus.box import Box
+from weightbus.driver import EngineCopies
 from weightbus.exports import Place
 from weightbus.peer import Peer, Wave, _Compiler
+from weightbus.runs import runs_of
 
 SIZES = {"a": (512, 1024), "b": (300,), "c": (64, 64)}
 
@@ -345,3 +347,32 @@ def test_copies_to_host_memory_are_told_so(monkeypatch):
         copies.start(SimpleNamespace(cuda_stream=0))
     assert torch.equal(target[0], source)
     assert torch.equal(target[1], source[:, 3:])
+
+
+@pytest.mark.parametrize("to_host", [False, True])
+def test_rows_that_overlap_are_copied_one_by_one(monkeypatch, to_host):
+    """Those of an expanded source, or of sliding windows: the driver refuses a pitch below the width."""
+
+    def flat(dst, src, nbytes, stream):
+        ctypes.memmove(dst, src, nbytes)
+        return 0
+
+    def refused(pointer, stream):
+        return 1
+
+    library = SimpleNamespace(cuMemcpyAsync=flat, cuMemcpy2DAsync_v2=refused, cuGetErrorName=lambda *_: 0)
+    monkeypatch.setattr("weightbus.driver._library", lambda: library)
+    row = torch.arange(48.0)
+    for source in (row.expand(5, 48), row.as_strided((5, 40), (2, 1))):
+        target = torch.zeros(source.shape)
+        box = Box((0, 0), tuple(source.shape))
+        runs = runs_of(
+            box.sizes,
+            target.stride(),
+            source.stride(),
+            itemsize=4,
+            dst=target.data_ptr(),
+            src=source.data_ptr(),
+        )
+        EngineCopies(runs, to_host=to_host).start(SimpleNamespace(cuda_stream=0))
+        assert torch.equal(target, source)

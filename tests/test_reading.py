@@ -233,3 +233,21 @@ def test_any_box_of_any_shape(tmp_path_factory, case, dtype):
     )
     sources.close()
     assert torch.equal(view, whole[box.within(Box.whole(shape))])
+
+
+@pytest.mark.cuda
+def test_reads_into_a_gpu_come_after_what_its_stream_was_given_before(stored):
+    """As of a tensor whose memory the code before it, which is still under way, has used."""
+    tensors, files = stored
+    device = torch.device("cuda", 0)
+    view = torch.zeros(70, 50, device=device)
+    box = Box.whole((70, 50))
+    sources = Sources([files["matrix"]], {})
+    reader = Reader(sources, device, lambda: None)
+    read = Read(stored=files["matrix"], box=box, view=view)
+    torch.cuda._sleep(1_000_000_000)
+    view.fill_(7)
+    reader.write(pieces_of([read]), {0: view}, lambda _: None)
+    torch.cuda.synchronize(device)
+    sources.close()
+    assert torch.equal(view.cpu(), tensors["matrix"])

@@ -87,6 +87,17 @@ def test_what_cannot_be_shared():
         weightbus.share_tensors({})
     with pytest.raises(SpecError, match="w: expected a tensor with storage"):
         weightbus.share_tensors({"w": torch.zeros(2, device="meta")})
+    with pytest.raises(SpecError, match="w: expected a tensor, got a int"):
+        weightbus.share_tensors({"w": 3})
+    with pytest.raises(SpecError, match="w: expected each name once, got it twice"):
+        weightbus.share_tensors([("w", torch.zeros(2)), ("w", torch.ones(2))])
+
+
+def test_what_fails_half_way_leaves_nothing():
+    before, files = mapped(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UnicodeEncodeError):
+        weightbus.share_tensors({"\ud800": torch.zeros(2)})
+    assert (mapped(), len(os.listdir("/proc/self/fd"))) == (before, files)
 
 
 # -- payloads that are not sound -------------------------------------------------------------------

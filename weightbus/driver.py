@@ -229,8 +229,10 @@ class EngineCopies:
         self._calls: list[tuple[Any, tuple[Any, ...]]] = []
         library = _library()
         for run in runs:
-            if run.rows == 1:
-                self._calls.append((library.cuMemcpyAsync, (run.dst, run.src, run.width)))
+            if run.rows == 1 or run.src_pitch < run.width:  # rows that overlap, as of an expanded source
+                for row in range(run.rows):
+                    dst, src = run.dst + row * run.dst_pitch, run.src + row * run.src_pitch
+                    self._calls.append((library.cuMemcpyAsync, (dst, src, run.width)))
                 continue
             copy = _Copy2D(
                 src_type=_UNIFIED,

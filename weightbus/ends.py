@@ -36,9 +36,13 @@ class _End:
         self._records: dict[str, Record] = {}
         self._changed = False
 
-    def refresh(self) -> bool:
-        """Whether tensors have been replaced or moved since the layout was made; it is then made again."""
-        if not self._changed and self.layout.moved() is None:
+    def refresh(self, *, in_place: bool = False) -> bool:
+        """Whether tensors have been replaced or moved since the layout was made; it is then made again.
+
+        in_place: or have changed their shape, strides or dtype, where nobody looks for that later.
+        """
+        look = self.layout.changed if in_place else self.layout.moved
+        if not self._changed and look() is None:
             return False
         self.layout, self._changed = layout_of(self.source), False
         return True

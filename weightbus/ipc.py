@@ -44,7 +44,9 @@ _ALIGN = 64
 _SHARED = struct.Struct(f"<QQ{_SECRET_BYTES}s")  # process id, file descriptor, secret
 _PROCESS = struct.Struct("<QQ")  # process id, its namespace
 
-_PIDFD_GETFD = 438  # the system call's number, the same on all architectures
+# Numbers of system calls, the same on all architectures. Python has the first one only if the headers that it
+# was built with do.
+_PIDFD_OPEN, _PIDFD_GETFD = 434, 438
 CURE = "the reader has to be of the same user, and allowed to trace it (kernel.yama.ptrace_scope)"
 
 # File descriptors that are left to others where the pieces of virtual memory need more than a process may have.
@@ -210,10 +212,10 @@ def _files_of(allocation: Allocation) -> Generator[int, None, None]:
         raise IpcError(f"virtual memory: expected a process, got {error}") from error
     if namespace != os.stat("/proc/self/ns/pid").st_ino:
         raise IpcError("virtual memory: expected a process of the same pid namespace")
-    try:
-        owner = os.pidfd_open(process)
-    except OSError as error:
-        raise IpcError(f"virtual memory: its process can't be found: {error}") from error
+    owner = _libc().syscall(_PIDFD_OPEN, ctypes.c_uint(process), 0)
+    if owner < 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise IpcError(f"virtual memory: its process can't be found (pidfd_open): {reason}")
     try:
         for number, _ in allocation.pieces:
             file = _libc().syscall(_PIDFD_GETFD, owner, ctypes.c_uint(number), 0)
@@ -249,10 +251,14 @@ class SharedExport:
             places[name] = tuple(rows)
         secret = secrets.token_bytes(_SECRET_BYTES)
         self._file = os.memfd_create("weightbus", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._file, offset)
-        # Readers need not fear that pages vanish under them.
-        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        memory = mmap.mmap(self._file, offset)
+        try:
+            os.ftruncate(self._file, offset)
+            # Readers need not fear that pages vanish under them.
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            memory = mmap.mmap(self._file, offset)
+        except OSError as error:
+            os.close(self._file)
+            raise IpcError(f"no shared memory of {offset} bytes can be had: {error}") from error
         memory[:_SECRET_BYTES] = secret
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         self._parts = parts
@@ -351,6 +357,8 @@ class DeviceImport:
     def close(self) -> None:
         addresses, self.addresses = self.addresses, []
         with torch.cuda.device(self._device):
+            with contextlib.suppress(RuntimeError):  # a device that has failed
+                driver.bind()  # the thread may be another one than opened them
             for address, allocation in zip(addresses, self.exports.allocations, strict=False):
                 try:
                     if allocation.pieces:

@@ -174,6 +174,7 @@ def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
             walked.modules,
             [(name, tensor) for _, name, tensor in walked.rows],
             walked.elsewhere,
+            mapping=source if isinstance(source, Mapping) else {},
             persistent_only=persistent_only,
         ),
         stand_ins=walked.stand_ins,

@@ -158,7 +158,7 @@ class Publisher:
         """
         begun = time.monotonic()
         self._settle()
-        if not wait and self._origin.refresh():
+        if not wait and self._origin.refresh(in_place=True):
             self._session.forget_plans()
         enter = self._enter("update", version, modules, verify, "live" if wait else self._copy_to)
         if wait:
@@ -326,7 +326,7 @@ class Publisher:
         bar = Bar(f"saving {os.path.basename(task.path)}") if self.rank == 0 else None
         report = bar or (lambda done, total: None)
         self._settle()
-        if self._origin.refresh():
+        if self._origin.refresh(in_place=True):
             self._session.forget_plans()
 
         def work(offer: m.TaskOffer, task: m.SaveTask, place: int, look: Callable[[], None]) -> Save:

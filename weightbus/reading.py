@@ -219,7 +219,11 @@ class _Worker:
         self._stream: Any = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def follow(self) -> None:
+        """What is copied from now on waits for the current stream, whose work may use the same memory."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def take(self, piece: Piece) -> Tensor:
         """Memory for a piece, in its stored dtype; what was copied out of it before has left."""
@@ -286,6 +290,7 @@ class _Threads:
         started: list[threading.Thread] = []
         try:
             for worker in self._workers[: left.qsize()]:
+                worker.follow()
                 thread = threading.Thread(target=one, args=(worker,), name="weightbus-file")
                 thread.start()
                 started.append(thread)

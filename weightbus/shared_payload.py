@@ -27,6 +27,7 @@ from weightbus.reading import OnDevice, memory_of
 from weightbus.runs import runs_of
 from weightbus.spec import ITEMSIZE
 from weightbus.torch_dtensor import is_dtensor
+from weightbus.torch_module import named_pairs
 
 CURE = "else send the tensors' bytes: safetensors.torch.save"
 
@@ -47,12 +48,16 @@ class SharedTensors:
     def __init__(self, parts: Parts, device: torch.device) -> None:
         self._parts = parts  # what lies on a GPU must stay there
         self._export = export_parts(parts, device)
-        self._export.pack(parts)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        facts = {name: Holding(spec=part.spec, boxes=(part.box,)) for name, (part,) in parts.items()}
-        exports = encode_exports(self._export.exports)
-        self.payload = msgspec.msgpack.encode(_Payload(facts=encode_facts(facts), exports=exports))
+        try:
+            self._export.pack(parts)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            facts = {name: Holding(spec=part.spec, boxes=(part.box,)) for name, (part,) in parts.items()}
+            exports = encode_exports(self._export.exports)
+            self.payload = msgspec.msgpack.encode(_Payload(facts=encode_facts(facts), exports=exports))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Not before the request is answered; what is asked for later is refused, or reads other bytes."""
@@ -77,7 +82,10 @@ def share_tensors(named: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) ->
     Raises SpecError for what is no plain tensor, IpcError or DriverError for memory that can't be shared.
     """
     parts: dict[str, tuple[Part, ...]] = {}
-    for name, tensor in dict(named).items():
+    pairs = named.items() if isinstance(named, Mapping) else named
+    for name, tensor in named_pairs(pairs, "share_tensors: expected (name, tensor) pairs"):
+        if name in parts:
+            raise SpecError(f"{name}: expected each name once, got it twice; share_tensors")
         if is_dtensor(tensor):
             raise SpecError(f"{name}: expected a whole tensor, got a DTensor; take its full_tensor()")
         check_plain(name, tensor)

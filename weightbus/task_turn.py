@@ -111,7 +111,7 @@ class TaskTurn:
             return self._save(self.offer, task, place, self._look())
         if destination is None:
             raise SpecError("task: expected a server rank, got a trainer rank")
-        if destination.refresh():
+        if destination.refresh(in_place=True):
             self.session.forget_plans()
         if isinstance(task, m.LoadTask):
             report = self._report or (lambda done, total: None)

@@ -203,10 +203,12 @@ class Watch:
         tensors: Sequence[tuple[str, Tensor]],
         elsewhere: Sequence[Elsewhere] = (),
         *,
+        mapping: Mapping[str, nn.Module],
         persistent_only: bool,
     ) -> None:
         """modules: as ``walk`` gives them. tensors: all that the layout holds, under all their names.
-        elsewhere: those of the modules whose tensors are not all their own."""
+        elsewhere: those of the modules whose tensors are not all their own. mapping: a source that is one."""
+        self._mapping, self._tops = mapping, dict(mapping)
         slots: list[tuple[str, dict[str, Any], str, object]] = []
         self._dicts: list[tuple[str, dict[str, Any]]] = []
         for prefix, module in modules:
@@ -238,6 +240,9 @@ class Watch:
     def moved(self) -> str | None:
         """Name of a tensor or module that was replaced, added, removed, resized or given other storage."""
         reshard(self._fsdp)
+        for name in {**self._tops, **self._mapping}:
+            if self._mapping.get(name) is not self._tops.get(name):
+                return name
         if not all(map(is_, map(_get, self._held, self._keys), self._values)):
             slots = zip(self._names, self._held, self._keys, self._values, strict=True)
             return next(name for name, held, key, value in slots if held.get(key) is not value)

@@ -199,8 +199,8 @@ class Turn:
 
     def look_ahead(self) -> None:
         """Trainer ranks, once the hub has been told and while its offer is on the way: look at its tensors."""
-        # What is wrong is said when there is an offer to refuse.
-        with contextlib.suppress(WeightbusError):
+        # What is wrong, be it in the source's own code, is said when there is an offer to refuse.
+        with contextlib.suppress(Exception):
             self._look_at_source()
             self._looked = True
             if self.session.recent is not None and self.copied is None:
@@ -258,8 +258,7 @@ class Turn:
     def _plan(self, gathered: m.Gathered) -> Planned:
         """The plan, alike on all ranks, and this rank's compiled part of it."""
         session, members, rank = self.session, self._offer.members, self._rank
-        sharing, self._sharing = self._sharing, None
-        if self._sources is None or sharing is None:
+        if self._sources is None or self._sharing is None:
             raise ProtocolError("wants: expected the sources first")
         facts = self._decode(gathered)
         survey = Survey(
@@ -278,6 +277,7 @@ class Turn:
         sends = self._me.trainer is not None and session.origin is not None
         own = self._parts(session.origin) if sends and session.origin else {}
         target = self._target(self._sources)
+        sharing, self._sharing = self._sharing, None  # from here on the plan's to close
         return make_planned(survey, self._settings, sharing, own, target, session.staging)
 
     # -- transfer and verification -----------------------------------------------------------------
