@@ -5,8 +5,11 @@ import os
 import resource
 import secrets
 import select
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
@@ -354,6 +357,30 @@ def test_a_look_does_not_wait_for_a_hub_that_has_gone(address):
     link.close()
     hub.stop()
     thread.join(10)
+
+
+FORKS = """
+import os, sys, time
+from weightbus.local import connect
+end = connect(sys.argv[1], max_frames=4, max_bytes=100)
+end.send([b"x"])
+if not os.fork():
+    end.close()
+    time.sleep(60)
+time.sleep(0.5)
+end.send([b"y"])
+os._exit(0)
+"""
+
+
+def test_a_forked_process_does_not_hold_the_connection(server):
+    """Nor does it end it."""
+    rank = subprocess.Popen([sys.executable, "-c", FORKS, server.name], start_new_session=True)
+    try:
+        assert [frames for _, frames in take(server, 3, timeout_s=20)] == [[b"x"], [b"y"], None]
+    finally:
+        rank.wait(10)
+        os.killpg(rank.pid, signal.SIGKILL)
 
 
 def test_nobody_listens():

@@ -13,11 +13,13 @@ little-endian. The frames are those of wire.py.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import select
 import socket
 import struct
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -50,6 +52,7 @@ class LocalSocket:
         self._first_bytes = 0  # length of the message that ``_read`` begins with, once that is known
         self._unsent: deque[memoryview] = deque()
         self.unsent = 0
+        _opened.add(self)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -138,10 +141,22 @@ class LocalSocket:
         return bool(poll.poll(max(0, round(timeout_s * 1000))))
 
     def close(self) -> None:
-        """The other end is told at once, even if a process that was forked still holds the connection."""
+        """The other end is told at once."""
         with contextlib.suppress(OSError):  # it is gone already
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+_opened: weakref.WeakSet[LocalSocket] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A process that was forked is no rank: if it held the connection, that would outlive the rank."""
+    for connection in list(_opened):
+        connection._socket.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def connect(name: str, *, max_frames: int, max_bytes: int) -> LocalSocket | None:
