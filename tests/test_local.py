@@ -208,7 +208,7 @@ def test_a_look_at_a_part_does_not_cost_its_number_of_frames(server, reach):
     assert time.process_time() - begun < 5
 
 
-def test_too_many_open_files_keep_nobody_busy(server, monkeypatch):
+def test_too_many_open_files_keep_nobody_busy(server):
     """A connection that can't be accepted is not reported again and again."""
     with contextlib.ExitStack() as opened:
         late = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
