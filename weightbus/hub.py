@@ -156,7 +156,8 @@ class Hub:
         try:
             poller = zmq.Poller()
             poller.register(self._socket, zmq.POLLIN)
-            poller.register(self._local, zmq.POLLIN)
+            if self._local.name:
+                poller.register(self._local, zmq.POLLIN)
             if self._door:
                 poller.register(self._door.socket, zmq.POLLIN)
             next_tick = next_second = 0.0
@@ -227,6 +228,8 @@ class Hub:
             found = True
             if frames is not None:
                 self._take(identity, frames)
+                if self._local.is_stranger(identity):
+                    self._local.close(identity)
                 continue
             gone = next((peer for peer, its in self._identities.items() if its == identity), None)
             if gone is not None and (peer := self.coordinator.roster.peers.get(gone)) is not None:
@@ -256,7 +259,11 @@ class Hub:
         try:
             message = wire.decode_to_hub(frames)
             in_round = self.coordinator.round is not None
-            answer = self._handlers[type(message)](identity, message, now)
+            if self._local.is_stranger(identity):
+                self._attach(identity, message)
+                answer = None
+            else:
+                answer = self._handlers[type(message)](identity, message, now)
             if (in_round or self.coordinator.round is not None) and not isinstance(message, ROUTINE):
                 self._spin_until = now + HUB_SPIN_S
         except ProtocolError as error:
@@ -323,17 +330,17 @@ class Hub:
             return self._unknown(identity, beat.peer)
         peer.heard = now
         peer.state, peer.version = beat.state, beat.version
-        alive = m.Alive(peer=beat.peer, hub=self.token, known=True)
-        former = self._identities[beat.peer]
-        if identity not in self._local or former == identity:
-            return alive
-        if former in self._local:
-            return self._unknown(identity, beat.peer)
-        # The answer is the last message by the way so far: so none overtakes another.
-        self._identities[beat.peer] = identity
+        return m.Alive(peer=beat.peer, hub=self.token, known=True)
+
+    def _attach(self, identity: bytes, message: m.Message) -> None:
+        """The first message of a Unix socket: whose it is. Keys do not guard it, so nothing else is heard."""
+        former = self._identities.get(message.peer) if isinstance(message, m.Beat) else None
+        if not isinstance(message, m.Beat) or former is None or former in self._local:
+            raise ProtocolError(f"local: expected a beat of a member first, got {type(message).__name__}")
+        self._identities[message.peer] = identity
         self._local.admit(identity)
-        self._send(former, wire.encode(alive))
-        return None
+        # The answer is the last message by the way so far: so none overtakes another.
+        self._send(former, wire.encode(m.Alive(peer=message.peer, hub=self.token, known=True)))
 
     def _unknown(self, identity: bytes, peer: str) -> m.Alive | None:
         self.counts["unknown"] += 1

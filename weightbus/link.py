@@ -35,6 +35,9 @@ REPLACE_AFTER_S = 1.5
 # A hub that takes no further piece of a long message for so long is not there.
 PIECE_S = 10.0
 
+# What a rank waits for the next part of a message that has begun, even if it only looks.
+PART_S = 0.05
+
 # Of one message of the hub: an offer with all tensors of a request is the longest.
 MAX_FRAMES = 1 << 20
 MAX_BYTES = m.MAX_PAYLOAD_BYTES + m.MAX_MESSAGE_BYTES
@@ -129,6 +132,7 @@ class Link:
         self._inbox: deque[wire.FromHub] = deque()
         self._hub = ""
         self._heard = time.monotonic()
+        self._ended = 0.0  # when the Unix socket was last found closed
         self._lost = ""
         self._start_hub_dead_after_s: float | None = None
         self._stop = threading.Event()
@@ -187,7 +191,8 @@ class Link:
         if not self._lost:
             return True
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() - self._heard > 2.0:  # the beats look for the hub; no use in shouting, too
+        # The beats look for the hub; no use in shouting, too.
+        while self._heard < self._ended or time.monotonic() - self._heard > 2.0:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.02)
@@ -281,11 +286,11 @@ class Link:
                 self._local.send(frames)
                 deadline = time.monotonic() + PIECE_S
                 while not self._local.flush():
-                    select.select([], [self._local], [], 1.0)
+                    self._local.wait(1.0, select.POLLOUT)
                     if time.monotonic() > deadline:
                         raise NotSent(f"could not send {type(message).__name__} to {self.address}")
         except OSError as error:
-            self._lost = self._lost or f"the hub at {self.address} has closed the connection: {error}"
+            self._has_ended(error)
 
     def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> wire.FromHub | None:
         """The next message, or None after ``timeout_s``. Raises HubLost until ``rejoin`` succeeds."""
@@ -328,9 +333,15 @@ class Link:
         assert self._local is not None
         try:
             self._inbox += map(wire.decode_from_hub, self._local.receive())
+            while not self._inbox and self._local.has_begun and self._local.wait(PART_S):
+                self._inbox += map(wire.decode_from_hub, self._local.receive())
         except OSError as error:
-            self._lost = self._lost or f"the hub at {self.address} has closed the connection: {error}"
+            self._has_ended(error)
         return bool(self._inbox or self._lost)
+
+    def _has_ended(self, error: OSError) -> None:
+        self._ended = time.monotonic()
+        self._lost = self._lost or f"the hub at {self.address} has closed the connection: {error}"
 
     def push_back(self, message: wire.FromHub) -> None:
         """The next ``receive`` returns ``message``."""

@@ -13,11 +13,13 @@ little-endian. The frames are those of wire.py.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import select
 import socket
 import struct
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +28,9 @@ from weightbus.errors import ProtocolError
 
 _NUMBER = struct.Struct("<I")
 _READ_BYTES = 64 << 10
+
+# Writes in one go, so that a long message to one rank does not keep the others waiting.
+_WRITES = 64
 
 # Connections that have not said whose they are: how many there may be, and for how long.
 MAX_STRANGERS = 64
@@ -44,8 +49,10 @@ class LocalSocket:
         self._max_frames, self._max_bytes = max_frames, max_bytes
         self._room = bytearray(_READ_BYTES)  # kept, as a look must not take longer than it needs to
         self._read = bytearray()
+        self._first_bytes = 0  # length of the message that ``_read`` begins with, once that is known
         self._unsent: deque[memoryview] = deque()
         self.unsent = 0
+        _opened.add(self)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -62,8 +69,10 @@ class LocalSocket:
         self.flush()
 
     def flush(self) -> bool:
-        """Write what can be written; whether that was all. Raises OSError if the other end is gone."""
-        while self._unsent:
+        """Write some of what can be written; whether that was all. Raises OSError if the other end is gone."""
+        for _ in range(_WRITES):
+            if not self._unsent:
+                break
             first = self._unsent[0]
             try:
                 sent = self._socket.send(first)
@@ -73,6 +82,8 @@ class LocalSocket:
                 self._unsent.popleft()
             else:
                 self._unsent[0] = first[sent:]
+        if self._unsent:
+            return False
         self.unsent = 0
         return True
 
@@ -96,7 +107,7 @@ class LocalSocket:
     def _first(self) -> list[bytes] | None:
         """Take the first message out of what was read, if all of it is there."""
         read = self._read
-        if len(read) < _NUMBER.size:
+        if len(read) < max(_NUMBER.size, self._first_bytes):
             return None
         (count,) = _NUMBER.unpack_from(read)
         if count > self._max_frames:
@@ -107,33 +118,56 @@ class LocalSocket:
         lengths = struct.unpack_from(f"<{count}I", read, _NUMBER.size)
         if sum(lengths) > self._max_bytes:
             raise ProtocolError(f"local: expected at most {self._max_bytes} bytes, got {sum(lengths)}")
-        if len(read) < end + sum(lengths):
+        self._first_bytes = end + sum(lengths)
+        if len(read) < self._first_bytes:
             return None
         frames = []
         for length in lengths:
             frames.append(bytes(read[end : end + length]))
             end += length
         del read[:end]
+        self._first_bytes = 0
         return frames
 
-    def wait(self, timeout_s: float) -> None:
-        """Until there is something to receive."""
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of a message is here, of which the rest is on its way."""
+        return bool(self._read)
+
+    def wait(self, timeout_s: float, events: int = select.POLLIN) -> bool:
+        """Until there is something to receive, or room to send (POLLOUT); whether there is."""
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        poll.poll(max(0, round(timeout_s * 1000)))
+        poll.register(self._socket, events)
+        return bool(poll.poll(max(0, round(timeout_s * 1000))))
 
     def close(self) -> None:
-        """The other end is told at once, even if a process that was forked still holds the connection."""
+        """The other end is told at once."""
         with contextlib.suppress(OSError):  # it is gone already
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 
+_opened: weakref.WeakSet[LocalSocket] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A process that was forked is no rank: if it held the connection, that would outlive the rank."""
+    for connection in list(_opened):
+        connection._socket.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
 def connect(name: str, *, max_frames: int, max_bytes: int) -> LocalSocket | None:
     """A connection to the hub that listens under ``name``; None where it can't be reached, as from another
-    host or network namespace."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    host or network namespace, or just now, as it has too many waiting. It never waits."""
     try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:
+        return None
+    try:
+        connection.setblocking(False)
         connection.connect(f"\0{name}")
     except OSError:
         connection.close()
@@ -150,23 +184,22 @@ class LocalServer:
     def __init__(self, *, max_frames: int, max_bytes: int, max_unsent: int) -> None:
         self._limits = max_frames, max_bytes
         self._max_unsent = max_unsent
-        self._epoll = select.epoll()
         self._sockets: dict[bytes, LocalSocket] = {}
         self._identities: dict[int, bytes] = {}
         self._strangers: dict[bytes, float] = {}
-        self._count = 0
         self.name = f"weightbus-{secrets.token_hex(16)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
         try:
+            self._epoll = select.epoll()
             self._listener.bind(f"\0{self.name}")
             self._listener.listen(128)
             self._epoll.register(self._listener, select.EPOLLIN)
-        except OSError:
+        except (AttributeError, OSError):
             self.name = ""
 
     def fileno(self) -> int:
-        """Readable once ``receive`` has something to do."""
+        """Readable once ``receive`` has something to do. Only of one that has a name."""
         return self._epoll.fileno()
 
     def __contains__(self, identity: bytes) -> bool:
@@ -174,7 +207,7 @@ class LocalServer:
 
     def receive(self) -> Iterator[tuple[bytes, list[bytes] | None]]:
         """What has come: whose it is, and a message's frames, or None if the connection has ended."""
-        for number, events in self._epoll.poll(0):
+        for number, events in self._epoll.poll(0) if self.name else []:
             if number == self._listener.fileno():
                 self._accept()
                 continue
@@ -182,14 +215,21 @@ class LocalServer:
                 continue  # closed while what others said was handled
             connection = self._sockets[identity]
             try:
-                if events & select.EPOLLOUT and connection.flush():
-                    self._epoll.modify(number, select.EPOLLIN)
                 messages = connection.receive() if events & ~select.EPOLLOUT else []
             except (OSError, ProtocolError):
                 self.close(identity)
                 yield identity, None
                 continue
+            if events & select.EPOLLOUT:
+                try:
+                    done = connection.flush()
+                except OSError:
+                    done = True  # nobody reads it, but what the other end has said before may still be here
+                if done:
+                    self._epoll.modify(number, select.EPOLLIN)
             for frames in messages:
+                if identity not in self._sockets:
+                    break  # closed for what was said before
                 yield identity, frames
 
     def send(self, identity: bytes, frames: Sequence[Any]) -> bool:
@@ -203,6 +243,9 @@ class LocalServer:
                 self._epoll.modify(connection.fileno(), select.EPOLLIN | select.EPOLLOUT)
         return True
 
+    def is_stranger(self, identity: bytes) -> bool:
+        return identity in self._strangers
+
     def admit(self, identity: bytes) -> None:
         """It has said whose it is."""
         self._strangers.pop(identity, None)
@@ -212,6 +255,8 @@ class LocalServer:
         limit = time.monotonic() - STRANGER_S
         for identity in [i for i, since in self._strangers.items() if since < limit]:
             self.close(identity)
+        if self.name:
+            self._epoll.modify(self._listener, select.EPOLLIN)
 
     def close(self, identity: bytes) -> None:
         if (connection := self._sockets.pop(identity, None)) is None:
@@ -225,20 +270,26 @@ class LocalServer:
         for identity in list(self._sockets):
             self.close(identity)
         self._listener.close()
-        self._epoll.close()
+        if self.name:
+            self._epoll.close()
 
     def _accept(self) -> None:
         try:
             accepted, _ = self._listener.accept()
         except OSError:
-            return  # it has gone again, or there are too many files open
+            # It has gone again, or too many files are open: not to be told so again before ``expire``.
+            self._epoll.modify(self._listener, 0)
+            return
+        try:
+            self._epoll.register(accepted, select.EPOLLIN)
+        except OSError:
+            accepted.close()
+            return
         if len(self._strangers) >= MAX_STRANGERS:
             self.close(next(iter(self._strangers)))
-        self._count += 1
-        identity = b"local %d" % self._count
+        identity = secrets.token_bytes(16)  # which nobody can take as the name of a ZeroMQ connection
         max_frames, max_bytes = self._limits
         connection = LocalSocket(accepted, max_frames=max_frames, max_bytes=max_bytes)
         self._sockets[identity] = connection
         self._identities[connection.fileno()] = identity
         self._strangers[identity] = time.monotonic()
-        self._epoll.register(connection.fileno(), select.EPOLLIN)
