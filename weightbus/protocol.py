@@ -427,8 +427,11 @@ class Coordinator:
         recipients = [p for p in (round.members or round.answers) if p in self.roster.peers]
         self._rebuilt.ended(round.seed, outcome)
         if ok and round.enter.kind != "check":
-            for peer in round.members:
-                self.roster.peers[peer].version = round.enter.version
+            for id, member in round.members.items():
+                peer = self.roster.peers[id]
+                peer.version = round.enter.version
+                if member.server and update and round.enter.modules is None:
+                    peer.state = "ready"  # as its next beat will say
         round.answers = {}
         self._past.append((round, outcome, time.time() - outcome.seconds))
         self.requests.settle(round.enter, outcome)
