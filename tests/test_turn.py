@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 
+import pytest
+
 from weightbus import messages as m
-from weightbus.turn import Progress, Turn
+from weightbus import turn as turns
+from weightbus.turn import Ended, Progress, Turn, look_at
 
 
 def test_what_was_mapped_is_given_back_where_facts_make_no_sense():
@@ -19,3 +23,16 @@ def test_what_was_mapped_is_given_back_where_facts_make_no_sense():
     assert "facts of trainer rank 0" in said[0].reason
     turn.close()
     assert closed == [True]
+
+
+def test_a_farewell_does_not_hide_the_end_of_the_round(monkeypatch):
+    """The trainer has left, and then the hub has ended what this rank is still working on."""
+    monkeypatch.setattr(turns, "LOOK_S", 0.0)
+    inbox = deque([m.Farewell(), m.Outcome(update=1, ok=False, moved=True, verdict="failed", failures=[])])
+    link = SimpleNamespace(receive=lambda timeout_s: inbox.popleft(), push_back=inbox.appendleft)
+    heard = []
+    look = look_at(link, heard.append)
+    look()
+    assert [type(message) for message in heard] == [m.Farewell]
+    with pytest.raises(Ended):
+        look()

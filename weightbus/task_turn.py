@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,7 +9,7 @@ from weightbus import messages as m
 from weightbus.errors import HubError, SpecError, TornError, UpdateError
 from weightbus.load import Load
 from weightbus.probe import Probe
-from weightbus.turn import LOOK_S, SLACK_S, Ended, explain
+from weightbus.turn import SLACK_S, Ended, explain, look_at
 
 if TYPE_CHECKING:
     from weightbus.session import Session
@@ -81,7 +80,7 @@ class TaskTurn:
                 case m.Outcome(update=offer.update):
                     return message
                 case m.Farewell():
-                    self._farewell = message  # a task needs no trainer
+                    self._heard_farewell(message)
                 case _:
                     pass  # of a round that has ended
         raise AssertionError
@@ -170,23 +169,10 @@ class TaskTurn:
             destination.error = UpdateError(f"load of {what} refused: " + "; ".join(map(str, outcome.failures)))
 
     def _look(self) -> Callable[[], None]:
-        """A function to call while working: raises once the hub has ended the task."""
-        next_look = 0.0
-        link = self.session.link
+        return look_at(self.session.link, self._heard_farewell)
 
-        def look() -> None:
-            nonlocal next_look
-            now = time.monotonic()
-            if now < next_look:
-                return
-            next_look = now + LOOK_S
-            message = link.receive(0)
-            if isinstance(message, m.Outcome):
-                raise Ended(message)
-            if message is not None:
-                link.push_back(message)
-
-        return look
+    def _heard_farewell(self, farewell: m.Farewell) -> None:
+        self._farewell = farewell  # a task needs no trainer
 
 
 def raise_for(outcome: m.Outcome | m.TaskEnd, what: str) -> None:

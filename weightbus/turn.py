@@ -27,6 +27,8 @@ from weightbus.witness import Evidence, answer, clue, hidden_sums, spoiled, tens
 
 if TYPE_CHECKING:
     from weightbus.ends import Destination, Origin
+    from weightbus.link import Link
+    from weightbus.loopback import Loopback
     from weightbus.session import Session
 
 log = logging.getLogger("weightbus")
@@ -380,25 +382,17 @@ class Turn:
 
     def _look(self, deadline: float) -> Callable[[], None]:
         """A function to call while waiting: raises once the hub has ended the update, or too late."""
-        next_look = time.monotonic() + LOOK_S
+        look = look_at(self.session.link, self._heard_farewell)
 
-        def look() -> None:
-            nonlocal next_look
-            now = time.monotonic()
-            if now < next_look:
-                return
-            next_look = now + LOOK_S
-            message = self.session.link.receive(0)
-            if isinstance(message, m.Outcome):
-                raise Ended(message)
-            if isinstance(message, m.Farewell):
-                self.farewell = message
-            elif message is not None:
-                self.session.link.push_back(message)
-            if now > deadline:
+        def look_in_time() -> None:
+            look()
+            if time.monotonic() > deadline:
                 raise UpdateError(f"transfer: expected to end within {self._offer.transfer_s:.0f} s")
 
-        return look
+        return look_in_time
+
+    def _heard_farewell(self, farewell: m.Farewell) -> None:
+        self.farewell = farewell
 
     def _done(self, error: str = "") -> None:
         sent, live, wrong, hidden = [], [], [], []
@@ -526,6 +520,30 @@ class Turn:
         if self._me.server and session.destination:
             session.destination.after(outcome, offer.version, offer.modules, self.progress.wrote)
         return outcome
+
+
+def look_at(link: Link | Loopback, farewell: Callable[[m.Farewell], None]) -> Callable[[], None]:
+    """A function to call while working, as often as one likes: raises Ended once the hub has ended the round.
+
+    farewell: told of one that comes meanwhile, which must not hide what comes behind it.
+    """
+    next_look = time.monotonic() + LOOK_S
+
+    def look() -> None:
+        nonlocal next_look
+        now = time.monotonic()
+        if now < next_look:
+            return
+        next_look = now + LOOK_S
+        message = link.receive(0)
+        if isinstance(message, m.Outcome):
+            raise Ended(message)
+        if isinstance(message, m.Farewell):
+            farewell(message)
+        elif message is not None:
+            link.push_back(message)
+
+    return look
 
 
 def explain(error: Exception) -> str:
