@@ -127,6 +127,33 @@ def test_one_rank_ends_it_for_all_and_is_named(step, how):
     assert desk.hub.tasks.going is None
 
 
+def test_an_update_of_some_modules_does_not_mend_the_others():
+    """What is torn is said to be until a complete update, or until all ranks say that they are ready."""
+    desk = Desk(servers=2)
+    ranks = desk.hub.roster.replicas()[0].values()
+    for peer in ranks:
+        peer.state = "ready"
+    desk.hub.tasks.saw([0], True, True, 1)
+    desk.hub.tasks.saw([0], False, True, None)
+    assert desk.info() == [(0, 2, "torn", None)]
+    desk.hub.tasks.saw([0], True, True, 2, complete=False)
+    assert desk.info() == [(0, 2, "torn", None)]
+    for peer in ranks:  # their beats: that was all that was torn
+        peer.state, peer.version = "ready", 2
+    assert desk.info() == [(0, 2, "ready", 2)]
+    desk.hub.tasks.saw([0], False, True, None)
+    desk.hub.tasks.saw([0], True, True, 3)
+    assert desk.info() == [(0, 2, "ready", 3)]
+
+
+def test_a_payload_longer_than_a_rank_takes_is_refused(monkeypatch):
+    monkeypatch.setattr(m, "MAX_MESSAGE_BYTES", 2)
+    desk = Desk(servers=2)
+    desk.ask(LoadTask(), frames=frames(0, 1))
+    assert "payloads: expected at most 2 bytes in each, got 3" in str(desk.end().failures[0])
+    assert desk.hub.tasks.going is None
+
+
 def frames(*places):
     return [m.Frame(place=place, module=None, nbytes=2 + place) for place in places]
 

@@ -423,7 +423,8 @@ class Coordinator:
             tasks=self.requests.after_update() if ok and update else [],
         )
         if update:
-            self.tasks.saw(outcome.replicas, ok, outcome.moved, round.enter.version)
+            complete = round.enter.modules is None
+            self.tasks.saw(outcome.replicas, ok, outcome.moved, round.enter.version, complete=complete)
         recipients = [p for p in (round.members or round.answers) if p in self.roster.peers]
         self._rebuilt.ended(round.seed, outcome)
         if ok and round.enter.kind != "check":

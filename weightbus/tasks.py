@@ -35,6 +35,7 @@ GRACE_S = 1.0
 
 Answer = m.Facts | m.Ready | m.Refuse | m.Done
 Known = Literal["empty", "ready", "torn"]
+_TORN: tuple[Known, int | None] = "torn", None
 
 
 class Step(Enum):
@@ -106,7 +107,11 @@ class Tasks:
     def ask(self, client: bytes, ask: m.AskTask, now: float) -> None:
         request = Waiting(client=client, ask=ask, deadline=now + ask.wait_s)
         nbytes = sum(frame.nbytes for one in [ask, *(w.ask for w in self._waiting)] for frame in one.frames)
-        if len(self._waiting) >= MAX_WAITING:
+        longest = max((frame.nbytes for frame in ask.frames), default=0)
+        if longest > m.MAX_MESSAGE_BYTES:
+            text = f"payloads: expected at most {m.MAX_MESSAGE_BYTES} bytes in each, got {longest}"
+            self._refuse(request, text)
+        elif len(self._waiting) >= MAX_WAITING:
             self._refuse(request, f"expected at most {MAX_WAITING} requests to wait, got one more")
         elif nbytes > m.MAX_PAYLOAD_BYTES:
             text = f"expected at most {m.MAX_PAYLOAD_BYTES} bytes of payloads in all that wait, got {nbytes}"
@@ -120,18 +125,25 @@ class Tasks:
         for replica, ranks in sorted(self._roster.replicas().items()):
             size = next(peer.server.size for peer in ranks.values() if peer.server)
             state, version = self._known.get(replica, ("empty", None))
+            if state == "torn" and all(peer.state == "ready" for peer in ranks.values()):
+                state, version = "ready", next(peer.version for peer in ranks.values())
             found.append(
                 m.ReplicaInfo(replica=replica, size=size, joined=len(ranks), state=state, version=version)
             )
         return m.Replicas(id=id, replicas=found, busy=busy or self.going is not None)
 
-    def saw(self, replicas: Iterable[int], ok: bool, moved: bool, version: int | None) -> None:
-        """An update or a load of these replicas has ended."""
+    def saw(
+        self, replicas: Iterable[int], ok: bool, moved: bool, version: int | None, *, complete: bool = True
+    ) -> None:
+        """An update or a load of these replicas has ended. complete: it was not of some modules only, beside
+        which others may still hold a mixture; whether they do, the ranks' beats tell."""
         for replica in replicas:
-            if ok:
+            if ok and (complete or self._known.get(replica) != _TORN):
                 self._known[replica] = "ready", version
-            elif moved:
-                self._known[replica] = "torn", None
+            elif moved and not ok:
+                self._known[replica] = _TORN
+                for peer in self._roster.replicas().get(replica, {}).values():
+                    peer.state = "torn"  # as its next beat will say
 
     def answer(self, message: m.Message, now: float) -> bool:
         """A rank's answer; False if it is of no use (late, repeated, out of turn, or of an update)."""
