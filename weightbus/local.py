@@ -50,12 +50,16 @@ class LocalSocket:
         self._room = bytearray(_READ_BYTES)  # kept, as a look must not take longer than it needs to
         self._read = bytearray()
         self._first_bytes = 0  # length of the message that ``_read`` begins with, once that is known
-        self._unsent: deque[memoryview] = deque()
-        self.unsent = 0
+        self._unsent: deque[deque[memoryview]] = deque()  # of each message, what is left of it
         _opened.add(self)
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    @property
+    def unsent(self) -> int:
+        """Messages that are not all written."""
+        return len(self._unsent)
 
     def send(self, frames: Sequence[Any]) -> None:
         """frames: bytes, or anything with their buffer. Raises OSError if the other end is gone."""
@@ -64,8 +68,7 @@ class LocalSocket:
         head = b"".join(map(_NUMBER.pack, lengths))
         if sum(lengths) < _READ_BYTES:
             views, head = [], b"".join([head, *views])
-        self._unsent += [memoryview(head), *views]
-        self.unsent += 1
+        self._unsent.append(deque([memoryview(head), *views]))
         self.flush()
 
     def flush(self) -> bool:
@@ -73,19 +76,18 @@ class LocalSocket:
         for _ in range(_WRITES):
             if not self._unsent:
                 break
-            first = self._unsent[0]
+            message = self._unsent[0]
             try:
-                sent = self._socket.send(first)
+                sent = self._socket.send(message[0])
             except BlockingIOError:
-                return False
-            if sent == first.nbytes:
+                break
+            if sent < message[0].nbytes:
+                message[0] = message[0][sent:]
+                continue
+            message.popleft()
+            if not message:
                 self._unsent.popleft()
-            else:
-                self._unsent[0] = first[sent:]
-        if self._unsent:
-            return False
-        self.unsent = 0
-        return True
+        return not self._unsent
 
     def receive(self) -> list[list[bytes]]:
         """The frames of the messages that one look makes whole.
