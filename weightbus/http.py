@@ -257,11 +257,9 @@ def router(
             raise HubError(f"no hub listens at {address}")
         return Client(address, keys=keys, timeout_s=ANSWER_S)
 
-    def run(
-        task: m.Task, frames: list[m.Frame] | None = None, payloads: list[bytes] | None = None
-    ) -> m.TaskEnd:
+    def run(task: m.Task, frames: Sequence[m.Frame] = (), payloads: Sequence[bytes] = ()) -> m.TaskEnd:
         with client() as asking:
-            return asking.run(task, wait_s=wait_s, run_s=run_s, frames=frames or (), payloads=payloads or ())
+            return asking.run(task, wait_s=wait_s, run_s=run_s, frames=frames, payloads=payloads)
 
     def loaded(end: m.TaskEnd, what: str, flush: bool) -> JSONResponse:
         if not end.ok:
