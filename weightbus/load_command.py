@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
     """0: loaded on all ranks. 1: refused or failed, as the text says. 2: no hub answers."""
     parser = argparse.ArgumentParser(prog="weightbus update-from-disk", description=__doc__)
     parser.add_argument(
-        "path", type=Path, help="directory, safetensors or index file that every rank of the replica can read"
+        "path", type=Path, help="directory, safetensors or index file that all ranks of the replica read"
     )
     parser.add_argument("--hub", default="tcp://127.0.0.1:5757", metavar="ADDRESS", help="of the hub")
     parser.add_argument("--keys", metavar="DIR", help="CURVE keys; else WEIGHTBUS_KEYS")
@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--replica", type=int, help="whose ranks; by default the only complete one's")
     parser.add_argument("--module", action="append", metavar="NAME", help="by default all; may be repeated")
     parser.add_argument("--version", type=int, help="label; by default what the directory records")
-    parser.add_argument("--atomic", action="store_true", help="read all into host memory before the first write")
+    parser.add_argument(
+        "--atomic", action="store_true", help="read all into host memory before the first write"
+    )
     parser.add_argument("--no-verify", action="store_true", help="leave the directory's digest list alone")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of each step")
     options = parser.parse_args(arguments)
