@@ -170,12 +170,12 @@ def test_replicas_are_compared_where_the_trainer_cannot_say(address, spoil, decl
         *(Job(run=opaque_server, arguments={**arguments, "replica": replica}) for replica in (0, 1)),
     )
     differ = spoil and not declare
-    assert [word for word, _ in found] == ["arrived"] * 3
-    assert [verdict.word for _, verdict in found] == ["arrived", "mismatch" if differ else "arrived", "arrived"]
+    assert [word for word, _ in found] == ["partial"] * 3
+    assert [verdict.word for _, verdict in found] == ["partial", "mismatch" if differ else "partial", "partial"]
     verdict = found[1][1]
     assert verdict.exempt == {"c": "local", "d": "derived"}
     assert "2 names not fed in full: derived, local" in str(verdict)
-    assert list(verdict.arrived) == ["a"]
+    assert list(verdict.partial) == ["a"]
     assert 0 < verdict.digest_s <= verdict.seconds
     if differ:
         ranks = [f"replica {replica} server rank 0" for replica in (0, 1)]

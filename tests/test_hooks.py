@@ -36,9 +36,9 @@ def trainer(rank, size, *, address, versions=(1, 2), bucket_bytes=1 << 12, route
             try:
                 report = publisher.update(version)
                 verdict = publisher.check()
-                outcomes.append((report.word, sorted(report.arrived), verdict.word))
+                outcomes.append((report.word, sorted(report.partial), verdict.word))
                 wrong += [(mismatch.tensor, mismatch.rank) for mismatch in verdict.mismatches]
-                reasons |= report.arrived
+                reasons |= report.partial
             except weightbus.WeightbusError as error:
                 outcomes.append((type(error).__name__, str(error)))
     return outcomes, wrong, reasons
@@ -200,7 +200,7 @@ def test_a_hook_that_computes_is_checked_on_arrival_only(address):
         Job(run=server, size=2, arguments={"address": address, "opaque": True}),
     )
     outcomes, _, reasons = trainers[0]
-    assert outcomes == [("arrived", ["o_proj.weight"], "arrived")] * 2
+    assert outcomes == [("partial", ["o_proj.weight"], "partial")] * 2
     assert reasons == {
         "o_proj.weight": "weight_loader of out can't be traced: it computes with weights, by aten.neg.default"
     }

@@ -47,7 +47,7 @@ SAMPLES: list[m.Message] = [
     m.Ready(peer="p", update=1, plan="p"),
     m.Refuse(peer="p", update=1, reason="no"),
     m.Done(
-        peer="p", update=1, sent=[m.Fold(job=0, group=0, sums=(1, 2), nbytes=3)], arrived={"a": "b"},
+        peer="p", update=1, sent=[m.Fold(job=0, group=0, sums=(1, 2), nbytes=3)], partial={"a": "b"},
         stages={"send": 0.1},
     ),
     m.Sums(peer="p", update=1, live=[m.TensorSums(job=0, group=0, sums={"a": (1, 2)})]),
@@ -337,7 +337,7 @@ def test_a_member_that_does_not_read_is_dropped_with_a_reason(stage, crowd, capl
     crowd._poller.unregister(deaf.socket)
     big = "n" * 1000
     long = m.Outcome(
-        update=0, ok=False, moved=False, verdict="failed", arrived={big + str(i): big for i in range(300)}
+        update=0, ok=False, moved=False, verdict="failed", partial={big + str(i): big for i in range(300)}
     )
     stage.hub.coordinator.outbox += [(deaf.peer, long)] * (20 * hub.MAX_UNREAD)
     outcome, seconds = update(crowd, 1)

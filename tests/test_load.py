@@ -59,7 +59,7 @@ def loader(rank, size, *, address, kind, path, dtype=torch.float32, arguments=No
     with weightbus.Subscriber(model, address=address, rank=rank, replica_size=size) as subscriber:
         try:
             report = subscriber.update_from_disk(path, **(arguments or {}))
-            outcome = report.word, report.version, report.nbytes, dict(report.arrived)
+            outcome = report.word, report.version, report.nbytes, dict(report.partial)
         except weightbus.WeightbusError as error:
             outcome = type(error).__name__, str(error)
         state = subscriber.state, subscriber.version
@@ -344,7 +344,7 @@ def breaking_server(rank, size, *, address, folder):
         model.fails = False
         report = subscriber.update_from_disk(folder)
         states.append(subscriber.state)
-    return states, torn, report.word, dict(report.arrived), model.first.detach(), model.second.detach()
+    return states, torn, report.word, dict(report.partial), model.first.detach(), model.second.detach()
 
 
 def test_a_hook_that_raises_leaves_ranks_torn_until_a_whole_load(address, tmp_path):
@@ -359,7 +359,7 @@ def test_a_hook_that_raises_leaves_ranks_torn_until_a_whole_load(address, tmp_pa
         assert states == ["torn", "ready"]
         assert len(torn) == 1
         assert "replica 0 server rank 1" in torn[0]
-        assert word == "arrived"
+        assert word == "partial"
         assert "it computes with weights" in arrived["second"]
         assert torch.equal(first, tensors["first"])
         assert torch.equal(second, tensors["second"] * 2)

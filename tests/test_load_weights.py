@@ -207,7 +207,7 @@ def trainer(rank, size, *, address):
             fill(model, weights(version))
             report = publisher.update(version)
             verdict = publisher.check()
-            found.append((report.word, dict(report.arrived), verdict.word, verdict.mismatches))
+            found.append((report.word, dict(report.partial), verdict.word, verdict.mismatches))
     return found
 
 
@@ -232,7 +232,7 @@ def test_an_engine_that_loads_weights(address, quirk):
         Job(run=trainer, size=2, arguments={"address": address}),
         Job(run=server, size=2, arguments={"address": address, "quirk": quirk}),
     )
-    word = "arrived" if quirk else "verified"
+    word = "partial" if quirk else "verified"
     for found in trainers:
         assert [entry[0] for entry in found] == [word, word]
         assert [list(entry[1]) for entry in found] == [["temperature"] if quirk else []] * 2

@@ -58,10 +58,10 @@ def test_a_whole_load():
     desk.tell(m.Ready, "s1")
     assert [type(message) for _, message in desk.heard()] == [m.Go, m.Go]
     desk.tell(m.Done, "s0", version=7, verdict="verified")
-    desk.tell(m.Done, "s1", version=7, verdict="arrived", arrived={"w": "cast"})
-    assert [(o.ok, o.verdict) for _, o in only(desk.heard(), m.Outcome)] == [(True, "arrived")] * 2
+    desk.tell(m.Done, "s1", version=7, verdict="partial", partial={"w": "cast"})
+    assert [(o.ok, o.verdict) for _, o in only(desk.heard(), m.Outcome)] == [(True, "partial")] * 2
     end = desk.end()
-    assert (end.ok, end.verdict, end.version, end.ranks, end.arrived) == (True, "arrived", 7, 2, {"w": "cast"})
+    assert (end.ok, end.verdict, end.version, end.ranks, end.partial) == (True, "partial", 7, 2, {"w": "cast"})
     assert desk.info() == [(0, 2, "ready", 7)]
 
 

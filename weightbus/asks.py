@@ -86,7 +86,7 @@ class Answer(Message, tag="answer"):
     verdict: Word = "unverified"
     version: Count | None = None
     failures: tuple[Failure, ...] = ()
-    arrived: tuple[tuple[Name, Reason], ...] = ()
+    partial: tuple[tuple[Name, Reason], ...] = ()
     servers: Count = 0
     seconds: Seconds = 0.0
 

@@ -48,7 +48,7 @@ class Load:
         self._look, self._progress = look, progress
         self.modules: list[str] | None = task.modules
         self.version = task.version
-        self.arrived: dict[str, str] = {}
+        self.partial: dict[str, str] = {}
         self.wrote = False
         self.nbytes = 0
         self._done = self._total = 0
@@ -103,7 +103,7 @@ class Load:
         self._reads += [
             Read(stored=manifest[wire], box=Box.whole(manifest[wire].spec.shape), view=None) for wire in opaque
         ]
-        self.arrived = dict(opaque)
+        self.partial = dict(opaque)
         self._pieces = pieces_of(self._reads)
         self.nbytes = sum(piece.nbytes for piece in self._pieces)
         self._sources = Sources([read.stored for read in self._reads], memory)
@@ -199,7 +199,7 @@ class Load:
         try:
             got = str(combine(whole or parts))
         except CoverageError:
-            self.arrived[name] = "what the ranks read of it does not add up to the whole tensor"
+            self.partial[name] = "what the ranks read of it does not add up to the whole tensor"
             return
         except DigestError as error:
             raise DigestError(f"{name}: {error}; {self.what}") from error
@@ -238,7 +238,7 @@ class Load:
             if read.view is None:
                 continue
             if read.view.dtype != torch_dtype(read.stored.spec.dtype):
-                self.arrived[read.stored.spec.name] = f"cast from {read.stored.spec.dtype} in the file"
+                self.partial[read.stored.spec.name] = f"cast from {read.stored.spec.dtype} in the file"
                 continue
             rows.append((number, Part(spec=read.stored.spec, box=read.box, tensor=read.view)))
         sums = Digester([part for _, part in rows]).sums(STABLE_SEED).tolist()
@@ -250,11 +250,11 @@ class Load:
         raise AssertionError("a load ends when it is written")
 
     @property
-    def word(self) -> Literal["verified", "arrived", "unverified"]:
+    def word(self) -> Literal["verified", "partial", "unverified"]:
         """How far it is proved."""
         if not self._lists or not self.task.verify or len(self._lists) < len(self.modules or [""]):
             return "unverified"
-        return "arrived" if self.arrived else "verified"
+        return "partial" if self.partial else "verified"
 
     def close(self) -> None:
         if self._sources is not None:

@@ -36,7 +36,7 @@ Axes = Annotated[list[Count], Meta(max_length=64)]
 MAX_PAYLOAD_BYTES = 1 << 30
 Kind = Literal["update", "check", "label"]
 FactsOf = Literal["sources", "wants", "prepare", "write"]
-Word = Literal["verified", "arrived", "unverified", "mismatch", "failed"]
+Word = Literal["verified", "partial", "unverified", "mismatch", "failed"]
 Role = Literal["trainer", "server"]
 State = Literal["", "empty", "ready", "updating", "torn"]
 
@@ -313,7 +313,7 @@ class TensorSums(Record):
 class Done(Message, tag="done"):
     """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``.
 
-    arrived: tensors of which only the arrival was digested, and why. wrong: what the rank itself finds
+    partial: tensors that are not proved live, and why. wrong: what the rank itself finds
     wrong. nbytes: of the plan. starts, stages: seconds from the offer to the start of each stage on this
     rank, and of work in it. Of a check also: hidden, sums of this rank's parameters of which no wire tensor's
     digest tells all, to be compared between replicas; exempt, names that are declared not to be fed in full,
@@ -325,7 +325,7 @@ class Done(Message, tag="done"):
     nbytes: Count = 0
     sent: list[Fold] = []
     live: list[Fold] = []
-    arrived: dict[Name, Reason] = {}
+    partial: dict[Name, Reason] = {}
     wrong: list[Wrong] = []
     hidden: list[TensorSums] = []
     exempt: dict[Name, Reason] = {}
@@ -333,7 +333,7 @@ class Done(Message, tag="done"):
     starts: dict[Name, Seconds] = {}
     stages: dict[Name, Seconds] = {}
     version: Count | None = None
-    verdict: Literal["verified", "arrived", "unverified"] = "unverified"
+    verdict: Literal["verified", "partial", "unverified"] = "unverified"
 
 
 class Detail(Message, tag="detail"):
@@ -476,7 +476,7 @@ class Outcome(Message, tag="outcome"):
     moved: bool
     verdict: Word
     failures: list[Failure] = []
-    arrived: dict[Name, Reason] = {}
+    partial: dict[Name, Reason] = {}
     exempt: dict[Name, Reason] = {}
     epoch: Count = 0
     seconds: Seconds = 0.0
@@ -585,7 +585,7 @@ class TaskEnd(Message, tag="task_end"):
     verdict: Word
     moved: bool = False
     failures: list[Failure] = []
-    arrived: dict[Name, Reason] = {}
+    partial: dict[Name, Reason] = {}
     version: Count | None = None
     seconds: Seconds = 0.0
     ranks: Count = 0

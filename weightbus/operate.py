@@ -159,14 +159,14 @@ def _answered(answer: a.Answer, options: argparse.Namespace) -> int:
     head = answer.reason or (
         f"{answer.verdict} version {answer.version} on {answer.servers} server ranks in {answer.seconds:.3f} s"
     )
-    if answer.failures or answer.arrived:
+    if answer.failures or answer.partial:
         table = Table(title=head, title_justify="left")
         for column in ("rank", "tensor", "what"):
             table.add_column(column, overflow="fold")
         for failure in answer.failures:
             table.add_row(*map(Text, (failure.rank, failure.tensor or "", failure.reason)))
-        for name, why in answer.arrived:
-            table.add_row("", Text(name), Text(f"not checked live: {why}"))
+        for name, why in answer.partial:
+            table.add_row("", Text(name), Text(f"not proved: {why}"))
         Console().print(table)
     else:
         print(head)

@@ -346,8 +346,8 @@ class Coordinator:
         elif round.inquiry.failures():
             self._mismatch(round, now)
         else:
-            arrived = any(done.arrived for done in dones.values())
-            self._end(round, "arrived" if arrived else "verified", now)
+            partial = any(done.partial for done in dones.values())
+            self._end(round, "partial" if partial else "verified", now)
 
     def _name_tensors(self, round: Round, now: float) -> None:
         assert round.inquiry
@@ -412,7 +412,7 @@ class Coordinator:
             moved=moved,
             verdict=verdict,
             failures=round.failures[:1000],
-            arrived={name: why for done in round.dones.values() for name, why in sorted(done.arrived.items())},
+            partial={name: why for done in round.dones.values() for name, why in sorted(done.partial.items())},
             exempt={name: why for done in round.dones.values() for name, why in sorted(done.exempt.items())},
             epoch=self.epoch,
             seconds=now - round.started,

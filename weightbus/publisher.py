@@ -216,7 +216,7 @@ class Publisher:
             trainers=outcome.trainers,
             servers=outcome.servers,
             replicas=tuple(outcome.replicas),
-            arrived=outcome.arrived,
+            partial=outcome.partial,
             route=progress.choice.route if progress.choice else "",
             route_reason=progress.choice.reason if progress.choice else "",
         )
@@ -291,7 +291,7 @@ class Publisher:
                 for failure in outcome.failures
                 for span in [failure.box]
             ),
-            arrived=outcome.arrived,
+            partial=outcome.partial,
             exempt=outcome.exempt,
             servers=outcome.servers,
             seconds=time.monotonic() - begun,

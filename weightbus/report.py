@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from weightbus.box import Box
 
+# How many of the names that are not proved a printed report or verdict shows.
+SHOWN = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
@@ -33,9 +36,9 @@ class Mismatch:
 class Verdict:
     """The outcome of a check, the same on every trainer rank.
 
-    word: ``verified`` if every server rank holds the version's bytes live; ``arrived`` if all that can
-    be digested does, but some tensors sit behind hooks; ``mismatch`` otherwise.
-    arrived: those tensors, each with the reason why it can't be digested where it lives.
+    word: ``verified`` if every server rank holds the version's bytes live; ``partial`` if all that can
+    be digested does, but not all can; ``mismatch`` otherwise (docs/checks.md has the table).
+    partial: the names that are not proved, each with the reason.
     exempt: names of server ranks' tensors that no update feeds in full, each with the reason why that is no
     error: ``local``, ``derived``, or what can't be traced.
     seconds: from the call to the verdict; servers may have been busy for some of it. digest_s: the longest that
@@ -45,7 +48,7 @@ class Verdict:
     word: str
     version: int | None
     mismatches: tuple[Mismatch, ...]
-    arrived: Mapping[str, str]
+    partial: Mapping[str, str]
     exempt: Mapping[str, str]
     servers: int
     seconds: float
@@ -53,27 +56,23 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        return self.word in ("verified", "arrived")
+        return self.word in ("verified", "partial")
 
     def __str__(self) -> str:
         where = _count(self.servers, "server rank")
         spent = f"{self.seconds:.3f} s, {self.digest_s * 1e3:.1f} ms of it for digests"
         head = f"{self.word} version {self.version} on {where} in {spent}"
-        if self.arrived:
-            name, why = next(iter(self.arrived.items()))
-            head += f"; {_count(len(self.arrived), 'tensor')} not checked live, such as {name}: {why}"
         if self.exempt:
             words = sorted({word for word in self.exempt.values() if word in ("local", "derived")})
             head += f"; {_count(len(self.exempt), 'name')} not fed in full: {', '.join(words) or 'not traced'}"
-        return "\n  ".join([head, *map(str, self.mismatches)])
+        return "\n  ".join([head, *map(str, self.mismatches), *_unproved(self.partial)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """One committed update, as this trainer rank saw it.
 
-    word: ``verified``, ``arrived`` (all arrived, some of it behind hooks) or ``unverified`` (not asked
-    for). arrived: as in Verdict. nbytes: of the tensors in the wire's dtypes. seconds: from the call to
+    word: ``verified``, ``partial`` or ``unverified`` (not asked for). partial: as in Verdict. nbytes: of the tensors in the wire's dtypes. seconds: from the call to
     the commit on all ranks. stages: seconds of this rank's parts of it. staging_bytes: this rank's staging
     memory. route: how the bytes went, ``broadcast``, ``peer`` or ``local``; route_reason: why so.
     """
@@ -89,7 +88,7 @@ class Report:
     trainers: int
     servers: int
     replicas: tuple[int, ...]
-    arrived: Mapping[str, str]
+    partial: Mapping[str, str]
     route: str
     route_reason: str
 
@@ -103,11 +102,12 @@ class Report:
         return self.stages.get("transfer", 0.0) / self.seconds
 
     def __str__(self) -> str:
-        return (
+        head = (
             f"{self.word} version {self.version}: {_count(self.tensors, 'tensor')}, "
             f"{_bytes(self.nbytes)} in {self.seconds:.3f} s, {self.nbytes / self.seconds / 1e9:.2f} GB/s, "
             f"{_count(self.trainers, 'trainer rank')} to {_count(self.servers, 'server rank')}, {self.route}"
         )
+        return "\n  ".join([head, *_unproved(self.partial)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +115,8 @@ class Loaded:
     """One load from disk, as this server rank saw it.
 
     word: ``verified`` if the directory has a digest list, all ranks together have read what it says, and
-    each holds live what it has read; ``arrived`` if some tensors could not be digested live (each with its
-    reason in ``arrived``); ``unverified`` if there is no list. nbytes: this rank's. seconds: of all ranks.
+    each holds live what it has read; ``partial`` if some tensors could not be digested live (each with its
+    reason in ``partial``); ``unverified`` if there is no list. nbytes: this rank's. seconds: of all ranks.
     """
 
     word: str
@@ -124,14 +124,15 @@ class Loaded:
     nbytes: int
     seconds: float
     servers: int
-    arrived: Mapping[str, str]
+    partial: Mapping[str, str]
 
     def __str__(self) -> str:
         label = "" if self.version is None else f" version {self.version}"
-        return (
+        head = (
             f"{self.word} load{label}: {_bytes(self.nbytes)} on this rank in {self.seconds:.3f} s, "
             f"{_count(self.servers, 'server rank')}"
         )
+        return "\n  ".join([head, *_unproved(self.partial)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +151,13 @@ class Saved:
             f"saved {_count(self.tensors, 'tensor')} to {self.path} in {_count(self.files, 'file')}, "
             f"{_bytes(self.nbytes)} by this rank in {self.seconds:.3f} s"
         )
+
+
+def _unproved(partial: Mapping[str, str]) -> list[str]:
+    """A line for each of the first names that are not proved, and how many more there are."""
+    lines = [f"not proved: {name}: {why}" for name, why in list(partial.items())[:SHOWN]]
+    left = len(partial) - SHOWN
+    return [*lines, f"and {_count(left, 'more name')} in .partial"] if left > 0 else lines
 
 
 def _count(number: int, noun: str) -> str:

@@ -126,7 +126,7 @@ class Requests:
                     verdict=outcome.verdict,
                     version=enter.version,
                     failures=tuple(outcome.failures),
-                    arrived=tuple(outcome.arrived.items()),
+                    partial=tuple(outcome.partial.items()),
                     servers=outcome.servers,
                     seconds=outcome.seconds,
                 )

@@ -225,7 +225,7 @@ class Subscriber:
             nbytes=work.nbytes,
             seconds=outcome.seconds,
             servers=outcome.servers,
-            arrived=outcome.arrived,
+            partial=outcome.partial,
         )
 
     def serve(self) -> None:

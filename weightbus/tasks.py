@@ -262,7 +262,7 @@ class Tasks:
         if going.step is Step.RUN:
             dones = [answer for answer in going.answers.values() if isinstance(answer, m.Done)]
             said = {done.verdict for done in dones}
-            order: tuple[m.Word, ...] = ("unverified", "arrived", "verified")
+            order: tuple[m.Word, ...] = ("unverified", "partial", "verified")
             self._end(going, next(word for word in order if word in said), now)
             return
         steps = STEPS[type(going.task)]
@@ -294,14 +294,14 @@ class Tasks:
         moved = going.step in (Step.WRITE, Step.RUN) and not isinstance(going.task, m.ProbeTask)
         dones = [answer for answer in going.answers.values() if isinstance(answer, m.Done)]
         servers = [member.server for member in going.members if member.server]
-        arrived = {name: why for done in dones for name, why in sorted(done.arrived.items())}
+        partial = {name: why for done in dones for name, why in sorted(done.partial.items())}
         outcome = m.Outcome(
             update=going.update,
             ok=ok,
             moved=moved,
             verdict=verdict,
             failures=going.failures[:1000],
-            arrived=arrived,
+            partial=partial,
             seconds=now - going.started,
             trainers=sum(member.trainer is not None for member in going.members),
             replicas=sorted({server.replica for server in servers}),
@@ -319,7 +319,7 @@ class Tasks:
             verdict=verdict,
             moved=moved,
             failures=outcome.failures,
-            arrived=arrived,
+            partial=partial,
             version=version,
             seconds=outcome.seconds,
             ranks=len(going.members),

@@ -396,7 +396,7 @@ class Turn:
 
     def _done(self, error: str = "") -> None:
         sent, live, wrong, hidden = [], [], [], []
-        arrived: dict[str, str] = {}
+        partial: dict[str, str] = {}
         exempt: dict[str, str] = {}
         if not error and (self._offer.verify or self._offer.kind == "check"):
             for job, evidence in enumerate(self._evidence):
@@ -405,7 +405,7 @@ class Turn:
                 if evidence.live:
                     live.append(self._fold(job, evidence.live, evidence.live.group))
                     if (target := evidence.live.target) is not None:
-                        arrived |= target.arrived()
+                        partial |= target.arrived()
                         wrong += spoiled(target)
                         if self._offer.kind == "check":
                             hidden.append(hidden_sums(job, target, evidence.live.seed))
@@ -416,7 +416,7 @@ class Turn:
                 update=self._offer.update,
                 sent=sent,
                 live=live,
-                arrived=arrived,
+                partial=partial,
                 wrong=wrong,
                 hidden=hidden,
                 exempt=exempt,
