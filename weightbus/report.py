@@ -72,9 +72,10 @@ class Verdict:
 class Report:
     """One committed update, as this trainer rank saw it.
 
-    word: ``verified``, ``partial`` or ``unverified`` (not asked for). partial: as in Verdict. nbytes: of the tensors in the wire's dtypes. seconds: from the call to
-    the commit on all ranks. stages: seconds of this rank's parts of it. staging_bytes: this rank's staging
-    memory. route: how the bytes went, ``broadcast``, ``peer`` or ``local``; route_reason: why so.
+    word: ``verified``, ``partial`` or ``unverified`` (not asked for). partial: as in Verdict. nbytes: of the
+    tensors in the wire's dtypes. seconds: from the call to the commit on all ranks. stages: seconds of this
+    rank's parts of it. staging_bytes: this rank's staging memory. route: how the bytes went, ``broadcast``,
+    ``peer`` or ``local``; route_reason: why so.
     """
 
     word: str
