@@ -20,10 +20,10 @@ endif
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint format type test test-gpu bench clean
+.PHONY: help setup demo lint format type test test-models test-gpu bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(SETUP)  ## make .venv with the package, its test and lint tools, at the versions of constraints.txt
 
@@ -43,6 +43,9 @@ type: $(SETUP)  ## mypy, strict
 
 test: $(SETUP)  ## all tests that this machine can run, two at a time
 	$(RUN) -m pytest -n 2
+
+test-models: $(DEMO_SETUP)  ## real model classes: updated, checked, saved and loaded, in process and tensor-parallel
+	$(RUN) -m pytest -n 2 -m models tests/zoo
 
 test-gpu: $(SETUP)  ## the tests that need CUDA devices, one at a time
 	$(RUN) -m pytest -n 0 -m "cuda or gpus"
