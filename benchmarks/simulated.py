@@ -30,33 +30,40 @@ class Rank:
     peer: str = ""
     outcomes: list[m.Outcome] = field(default_factory=list)
     is_member: bool = False
+    header: m.Header = field(default_factory=m.Header)
 
     def send(self, message: m.Message) -> None:
+        message.stamp(self.header)
         for frames in wire.encode_to_hub(message, self.peer):
             self.socket.send_multipart(frames)
 
     def hear(self, message: wire.FromHub) -> None:
         server = self.hello.role == "server"
+        if isinstance(message, m.Offer):
+            self.header = message.header
         match message:
             case m.Welcome():
                 self.peer = message.peer
                 self.send(m.Beat(peer=self.peer))
             case m.Alive():
                 self.is_member = message.known
+                if not self.header.update:
+                    self.header = message.header
             case m.Offer() if message.kind != "update":
-                self.send(m.Done(peer=self.peer, update=message.update, live=self._live(), sent=self._sent()))
+                self.send(m.Done(peer=self.peer, live=self._live(), sent=self._sent()))
             case m.Offer() if message.planned:
-                self.send(m.Ready(peer=self.peer, update=message.update, plan=PLAN))
+                self.send(m.Ready(peer=self.peer, plan=PLAN))
             case m.Offer() if not server:
-                self.send(m.Facts(peer=self.peer, update=message.update, blob=b"source"))
+                self.send(m.Facts(peer=self.peer, blob=b"source"))
             case m.Gathered(of="sources") if server:
-                self.send(m.Facts(peer=self.peer, update=message.update, blob=b"want"))
+                self.send(m.Facts(peer=self.peer, blob=b"want"))
             case m.Gathered(of="wants"):
-                self.send(m.Ready(peer=self.peer, update=message.update, plan=PLAN))
+                self.send(m.Ready(peer=self.peer, plan=PLAN))
             case m.Go():
-                self.send(m.Done(peer=self.peer, update=message.update, live=self._live(), sent=self._sent()))
+                self.send(m.Done(peer=self.peer, live=self._live(), sent=self._sent()))
             case m.Outcome():
                 self.outcomes.append(message)
+                self.header = message.header._replace(update=0)
 
     def _live(self) -> list[m.Fold]:
         return [m.Fold(job=0, group=0, sums=(1, 2), nbytes=8)] if self.hello.role == "server" else []

@@ -268,12 +268,16 @@ def test_requests_recorded_at_another_hub_are_not_done(stage, crowd):
     assert (status.paused_s, status.requests) == (0.0, 0)
 
 
-def test_answers_of_an_old_round_are_late(stage, crowd):
+def test_answers_of_another_round_are_dropped_and_counted(stage, crowd):
     old, _ = update(crowd, 1)
-    for update_number in (0, old.update, old.update + 2):
-        crowd.trainer.send(m.Done(peer=crowd.trainer.peer, update=update_number, error="old"))
+    others = [old.header._replace(update=number) for number in (0, old.update, old.update + 2)]
+    others += [old.header._replace(**{name: 99}) for name in ("incarnation", "epoch")]
+    for header in others:
+        crowd.trainer.header = header
+        crowd.trainer.send(m.Done(peer=crowd.trainer.peer, error="old"))
+    crowd.trainer.header = old.header._replace(update=0)
     assert update(crowd, 2)[0].ok
-    assert stage.counts()["late"] == 3
+    assert stage.counts()["stale"] == len(others)
 
 
 def test_the_members_travel_once_in_an_epoch(stage, crowd, monkeypatch):
@@ -401,7 +405,7 @@ def test_long_messages_come_in_pieces_from_members_only(stage, crowd):
     for piece in wire.encode_to_hub(facts, "nobody"):
         stranger.send_multipart(piece)
     deadline = time.monotonic() + 10
-    while stage.hub.counts["late"] != 1 or stage.hub.counts["unknown"] != 4:  # whole, and of no round
+    while stage.hub.counts["stale"] != 1 or stage.hub.counts["unknown"] != 4:  # whole, and of no round
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not stage.hub._pieces

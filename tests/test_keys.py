@@ -248,7 +248,7 @@ def two_host_run(hosts, trainer_keys, server_keys, fails=False, **more):
 
 # What a control message can't do without: the protocol, types of messages, field names, names of tensors.
 READABLE = (
-    b"weightbus/1",
+    b"weightbus/2",
     b"hello",
     b"offer",
     b"outcome",

@@ -47,6 +47,9 @@ LAYERS = {
     ),
     3: (
         "messages",
+        "identity",
+        "jobs",
+        "rounds",
         "asks",
         "wire",
         "keys",

@@ -38,9 +38,10 @@ class Room:
         self.hub.enter(m.Enter(peer=peer, kind=kind, version=version, verify=verify, **fields), self.now)
 
     def say(self, kind, peer, **fields):
-        return self.hub.answer(
-            kind(peer=peer, update=self.hub.round.update if self.hub.round else 0, **fields), self.now
-        )
+        message = kind(peer=peer, **fields)
+        if self.hub.round:
+            message.stamp(self.hub.round.header)
+        return self.hub.answer(message, self.now)
 
     def heard(self):
         """What was sent since last time: (peer, message)."""

@@ -257,8 +257,8 @@ HELLO = m.Hello(process="p", host="h", pid=1, device="cpu", role="trainer", rank
 @pytest.mark.parametrize(
     ("frames", "reason"),
     [
-        ([b"weightbus/2", wire.encode(HELLO)[1]], "expected protocol weightbus/1, got b'weightbus/2'"),
-        ([b"GET / HTTP/1.1"], "expected protocol weightbus/1"),
+        ([b"weightbus/1", wire.encode(HELLO)[1]], "expected protocol weightbus/2, got b'weightbus/1'"),
+        ([b"GET / HTTP/1.1"], "expected protocol weightbus/2"),
         ([wire.HEADER], "expected 2 frames, got 1"),
         ([wire.HEADER, b"\x93garbage"], "message to the hub"),
         ([wire.HEADER, b"\x81\xa4type\xa4what"], "Invalid value 'what' - at `$.type`"),

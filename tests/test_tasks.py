@@ -30,7 +30,10 @@ class Desk(Room):
 
     def tell(self, kind, peer, **fields):
         going = self.hub.tasks.going
-        return self.hub.answer(kind(peer=peer, update=going.update if going else 0, **fields), self.now)
+        message = kind(peer=peer, **fields)
+        if going:
+            message.stamp(going.header)
+        return self.hub.answer(message, self.now)
 
     def end(self):
         """What the client has heard."""

@@ -130,13 +130,13 @@ class Past(Record):
 
 
 class Status(Message, tag="status"):
-    """Answer to ``AskStatus``. ``missing``: what a round that is going on waits for."""
+    """Answer to ``AskStatus``. ``missing``: what a round that is going on waits for. counts: of the hub, all
+    jobs together. jobs: that have ranks here; empty for the one without a name."""
 
     id: Token
     hub: Token
     weightbus: Name
     up_s: Seconds
-    epoch: Count
     version: Count | None
     paused_s: Seconds
     peers: list[PeerStatus]
@@ -145,6 +145,7 @@ class Status(Message, tag="status"):
     missing: list[Reason]
     requests: Count
     counts: dict[Name, Count]
+    jobs: list[Name]
     past: list[Past]
 
 

@@ -14,10 +14,9 @@ import zmq
 from weightbus import asks as a
 from weightbus import messages as m
 from weightbus.errors import HubError, ProtocolError
+from weightbus.identity import address_of, job_of
 from weightbus.keys import Keys, load_keys
 from weightbus.link import Connection, NotSent
-
-DEFAULT_ADDRESS = "tcp://127.0.0.1:5757"
 
 # Beyond a request's own time, for the answer to come; and beyond all steps of a task.
 SLACK_S = 5.0
@@ -30,6 +29,7 @@ Payload = bytes | Mapping[str, bytes]
 class Client:
     """A connection that asks and never joins. For one thread at a time.
 
+    address: the hub's, else ``WEIGHTBUS_ADDRESS``. job: whose; else ``WEIGHTBUS_JOB``.
     keys, insecure: as the publisher's. timeout_s: for the hub to answer at all.
     ``check``, ``update`` and ``set_version`` need the trainer: they run at its next ``publisher.poll()`` or
     at the end of its next ``update()``, and wait ``wait_s`` for that; ``on_wait`` is called with what the hub
@@ -39,20 +39,21 @@ class Client:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | None = None,
         *,
+        job: str | None = None,
         keys: Keys | str | os.PathLike[str] | None = None,
         insecure: bool = False,
         timeout_s: float = 10.0,
         on_wait: Callable[[str], None] | None = None,
     ) -> None:
-        self.address, self.timeout_s = address, timeout_s
+        self.address, self.job, self.timeout_s = address_of(address), job_of(job), timeout_s
         self._on_wait = on_wait
         keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
-        keys.check(address)
+        keys.check(self.address)
         self._keys = keys
         self._context: zmq.Context[Any] = zmq.Context()
-        self._connection = Connection(self._context, address, keys)
+        self._connection = Connection(self._context, self.address, keys)
 
     def status(self, past: int = 1) -> a.Status:
         """Ranks, states, versions, the epoch, and the ``past`` last updates and checks (16 at most)."""
@@ -198,6 +199,7 @@ class Client:
             frames=list(frames),
             payloads=list(payloads),
         )
+        ask.job = self.job
         self._connection.send(ask)
         return ask.id
 
@@ -233,6 +235,7 @@ class Client:
     def _ask(self, ask: a.AskStatus | a.Command | m.AskReplicas, wait_s: float) -> m.Message:
         deadline = time.monotonic() + self.timeout_s
         sent = False
+        ask.job = self.job
         while True:
             left = deadline - time.monotonic()
             answer = None

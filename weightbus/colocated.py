@@ -74,6 +74,7 @@ def colocate(
     rank: int | None = None,
     size: int | None = None,
     address: str | None = None,
+    job: str | None = None,
     name_map: NameMap | None = None,
     local: Sequence[str] = (),
     on_update: Callable[[int | None], None] | None = None,
@@ -99,11 +100,12 @@ def colocate(
         address = f"{PREFIX}{next(_numbers)}"
     elif address is None:
         address = _free_address(rank, layout.device)
-    publisher = Publisher(source, address=address, rank=rank, size=size, **options)
+    publisher = Publisher(source, address=address, job=job, rank=rank, size=size, **options)
     try:
         subscriber = Subscriber(
             target,
             address=address,
+            job=job,
             rank=rank,
             replica_size=size,
             name_map=name_map,

@@ -36,6 +36,7 @@ from weightbus import messages as m
 from weightbus.client import Client
 from weightbus.disk import check_inside
 from weightbus.errors import HubError, SpecError, WeightbusError
+from weightbus.identity import address_of, job_of
 from weightbus.keys import Keys, load_keys
 from weightbus.payload import refuse_pickle
 from weightbus.start import listens
@@ -208,8 +209,9 @@ def _validation(error: Mapping[str, Any]) -> str:
 
 
 def router(
-    address: str,
+    address: str | None = None,
     *,
+    job: str | None = None,
     keys: Keys | str | os.PathLike[str] | None = None,
     insecure: bool = False,
     replica: int | None = None,
@@ -222,14 +224,15 @@ def router(
 ) -> APIRouter:
     """The routes, to mount: ``app.include_router(weightbus.http.router(address, roots=["/models"]))``.
 
-    address: the hub's. keys, insecure: as the publisher's. replica: whose ranks they are for; None is the only
-    one. token: asked for as a bearer token, if given. roots: directories in which a ``model_path`` may lie,
+    address: the hub's. job, keys, insecure: as the publisher's. replica: whose ranks they are for; None is the
+    only one. token: asked for as a bearer token, if given. roots: directories where a ``model_path`` may lie,
     symbolic links followed; with none, loads from disk are refused. max_body_bytes: of a request. wait_s: for
     updates and other requests to end; run_s: for each step of a load.
     Raises HubError for keys that are none, or an address that needs some; SpecError for a root that is none.
     """
     keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
-    keys.check(address)
+    hub, job_name = address_of(address), job_of(job)
+    keys.check(hub)
     allowed = [str(Path(root).resolve()) for root in roots]
     for root in allowed:
         if not Path(root).is_dir():
@@ -253,9 +256,9 @@ def router(
     routes = APIRouter(route_class=Route, dependencies=[Depends(security)], responses=responses)
 
     def client() -> Client:
-        if not listens(address):
-            raise HubError(f"no hub listens at {address}")
-        return Client(address, keys=keys, timeout_s=ANSWER_S)
+        if not listens(hub):
+            raise HubError(f"no hub listens at {hub}")
+        return Client(hub, job=job_name, keys=keys, timeout_s=ANSWER_S)
 
     def run(task: m.Task, frames: Sequence[m.Frame] = (), payloads: Sequence[bytes] = ()) -> m.TaskEnd:
         with client() as asking:
@@ -388,7 +391,7 @@ def router(
     return routes
 
 
-def create_app(address: str, **options: Any) -> FastAPI:
+def create_app(address: str | None = None, **options: Any) -> FastAPI:
     """An app with nothing but the routes, and an OpenAPI page at ``/docs``. options: as of ``router``."""
     app = FastAPI(title="weightbus", version=__version__, summary="Weights of running inference servers")
     app.include_router(router(address, **options))
@@ -440,7 +443,8 @@ def _loopback(host: str) -> bool:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="weightbus http", description=__doc__)
-    parser.add_argument("--hub", default="tcp://127.0.0.1:5757", metavar="ADDRESS", help="of the hub")
+    parser.add_argument("--hub", metavar="ADDRESS", help="of the hub; else WEIGHTBUS_ADDRESS")
+    parser.add_argument("--job", help="whose ranks; else WEIGHTBUS_JOB")
     parser.add_argument("--keys", metavar="DIR", help="CURVE keys; else WEIGHTBUS_KEYS")
     parser.add_argument("--insecure", action="store_true", help="without keys to any address")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on; others than loopback need a token")
@@ -468,6 +472,7 @@ def main(arguments: list[str]) -> int:
     try:
         app = create_app(
             options.hub,
+            job=options.job,
             keys=options.keys,
             insecure=options.insecure,
             replica=options.replica,

@@ -26,11 +26,12 @@ from weightbus import wire
 from weightbus.door import Door
 from weightbus.errors import HubError, ProtocolError
 from weightbus.guard import OVERHEAD_BYTES, Guard
+from weightbus.identity import ADDRESS_VARIABLE, address_of
+from weightbus.jobs import Jobs, ServedJob
 from weightbus.keys import Keys, load_keys
 from weightbus.local import LocalServer
 from weightbus.overview import status_of
 from weightbus.protocol import Coordinator
-from weightbus.rendezvous import Rendezvous
 from weightbus.roster import Peer
 
 log = logging.getLogger("weightbus.hub")
@@ -89,7 +90,7 @@ class Hub:
         keys.check(address)
         if keys.client and not keys.hub_secret:
             raise HubError("keys: expected hub.secret where the hub runs, got a client's keys only")
-        self.coordinator = Coordinator(dead_after_s=dead_after_s)
+        self.jobs = Jobs(dead_after_s=dead_after_s)
         self.ephemeral = ephemeral
         self.counts: Counter[str] = Counter()
         self.token = secrets.token_hex(16)
@@ -128,7 +129,6 @@ class Hub:
         self._slow: set[str] = set()
         self._answered: Counter[bytes] = Counter()
         self._logged = 0
-        self._rendezvous = Rendezvous()
         self._started = time.monotonic()
         self._joined = False
         self._last_peer = 0.0
@@ -148,6 +148,11 @@ class Hub:
             **dict.fromkeys((m.StoreSet, m.StoreGet, m.StoreAdd), self._store),
             **dict.fromkeys((m.StoreCheck, m.StoreDelete, m.StoreCount), self._store),
         }
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """That of the job without a name."""
+        return self.jobs.unnamed.coordinator
 
     def stop(self) -> None:
         self._stopping = True
@@ -201,19 +206,21 @@ class Hub:
     def _tick(self, now: float) -> None:
         self._guard.look()
         self._local.expire()
-        for peer in self.coordinator.roster.silent(now):
-            self._drop(peer, f"died: not heard for {now - peer.heard:.1f} s", now)
+        for job in self.jobs:
+            for peer in job.coordinator.roster.silent(now):
+                self._drop(job, peer, f"died: not heard for {now - peer.heard:.1f} s", now)
         for identity in [i for i, (_, came) in self._asked.items() if now - came > STALLED_S]:
             del self._asked[identity]
-        self.coordinator.requests.expire(now)
-        self.coordinator.advance(now)
+        for job in self.jobs:
+            job.coordinator.requests.expire(now)
+            job.coordinator.advance(now)
         self._flush(now)
 
     def _deserted(self) -> bool:
         now = time.monotonic()
         if not self.ephemeral:
             return False
-        if self.coordinator.roster.peers:
+        if not self.jobs.is_empty:
             self._last_peer = now
             return False
         return now - self._last_peer > LINGER_S if self._joined else now - self._started > UNUSED_S
@@ -232,9 +239,9 @@ class Hub:
                     self._local.close(identity)
                 continue
             gone = next((peer for peer, its in self._identities.items() if its == identity), None)
-            if gone is not None and (peer := self.coordinator.roster.peers.get(gone)) is not None:
+            if gone is not None and (member := self.jobs.of(gone)) is not None:
                 now = time.monotonic()
-                self._drop(peer, "died: its connection was closed", now)
+                self._drop(*member, "died: its connection was closed", now)
                 self._flush(now)
         return found
 
@@ -256,15 +263,19 @@ class Hub:
         now = time.monotonic()
         self.counts["messages"] += 1
         answer: m.Message | None
+        job: ServedJob | None = None
         try:
             message = wire.decode_to_hub(frames)
-            in_round = self.coordinator.round is not None
+            job = self.jobs.get(message.job)
+            in_round = job is not None and job.coordinator.round is not None
             if self._local.is_stranger(identity):
                 self._attach(identity, message)
                 answer = None
             else:
                 answer = self._handlers[type(message)](identity, message, now)
-            if (in_round or self.coordinator.round is not None) and not isinstance(message, ROUTINE):
+            if (in_round or (job is not None and job.coordinator.round is not None)) and not isinstance(
+                message, ROUTINE
+            ):
                 self._spin_until = now + HUB_SPIN_S
         except ProtocolError as error:
             answer = self._refused(identity, str(error))
@@ -273,6 +284,8 @@ class Hub:
             log.exception("a message could not be handled")
             answer = m.Refused(reason=f"{type(error).__name__} in the hub: {error}"[:1000])
         if answer is not None:
+            if job is not None:
+                answer.job = job.name
             self._send(identity, wire.encode(answer))
         self._flush(now)
 
@@ -298,67 +311,80 @@ class Hub:
         """A welcome; the role is taken by the beat that answers it, which no replayed hello brings."""
         if not self._has_turn(identity):
             return None
-        refused = self.coordinator.roster.refusal(hello, now)
+        roster = self.jobs.find(hello.job).coordinator.roster
+        refused = roster.refusal(hello, now)
         if refused is not None:
-            refused.of = "hello"
+            refused.of, refused.job = "hello", hello.job
             self.counts["refused"] += 1
             return refused
-        peers = self.coordinator.roster.peers.values()
-        known = next((peer.id for peer in peers if peer.process == hello.process), None)
+        known = next((peer.id for peer in roster.peers.values() if peer.process == hello.process), None)
         token = known or secrets.token_hex(16)
         self._hellos[identity] = token, hello
         if len(self._hellos) > MAX_HELLOS:
             self._hellos.popitem(last=False)
-        return m.Welcome(peer=token, hub=self.token, beat_s=BEAT_S, local=self._local.name)
+        return m.Welcome(job=hello.job, peer=token, hub=self.token, beat_s=BEAT_S, local=self._local.name)
 
     def _beat(self, identity: bytes, beat: m.Beat, now: float) -> m.Message | None:
-        peers = self.coordinator.roster.peers
         waiting = self._hellos.get(identity)
-        if waiting is not None and waiting[0] == beat.peer:
+        if waiting is not None and (waiting[0], waiting[1].job) == (beat.peer, beat.job):
             del self._hellos[identity]
-            admitted = self.coordinator.roster.admit(waiting[1], beat.peer, now)
+            coordinator = self.jobs.open(beat.job, now).coordinator
+            admitted = coordinator.roster.admit(waiting[1], beat.peer, now)
             if isinstance(admitted, m.Refused):
-                admitted.of = "hello"
+                admitted.of, admitted.job = "hello", beat.job
                 return admitted
             if self._identities.get(beat.peer, b"") not in self._local:
                 self._identities[beat.peer] = identity
             self._joined = True
             log.info("joined: %s", admitted)
-            self.coordinator.joined(admitted, now)
-        peer = peers.get(beat.peer)
-        if peer is None:
-            return self._unknown(identity, beat.peer)
+            coordinator.joined(admitted, now)
+        job = self.jobs.get(beat.job)
+        peer = job.coordinator.roster.peers.get(beat.peer) if job else None
+        if job is None or peer is None:
+            return self._unknown(identity, beat)
         peer.heard = now
         peer.state, peer.version = beat.state, beat.version
-        return m.Alive(peer=beat.peer, hub=self.token, known=True)
+        self.counts["stale"] += max(0, beat.stale - peer.stale)
+        peer.stale = beat.stale
+        return self._alive(job, beat.peer)
+
+    def _alive(self, job: ServedJob, peer: str) -> m.Alive:
+        alive = m.Alive(peer=peer, hub=self.token, known=True)
+        alive.stamp(job.coordinator.header())
+        return alive
 
     def _attach(self, identity: bytes, message: m.Message) -> None:
         """The first message of a Unix socket: whose it is. Keys do not guard it, so nothing else is heard."""
         former = self._identities.get(message.peer) if isinstance(message, m.Beat) else None
-        if not isinstance(message, m.Beat) or former is None or former in self._local:
+        job = self.jobs.get(message.job)
+        if not isinstance(message, m.Beat) or job is None or former is None or former in self._local:
             raise ProtocolError(f"local: expected a beat of a member first, got {type(message).__name__}")
         self._identities[message.peer] = identity
         self._local.admit(identity)
         # The answer is the last message by the way so far: so none overtakes another.
-        self._send(former, wire.encode(m.Alive(peer=message.peer, hub=self.token, known=True)))
+        self._send(former, wire.encode(self._alive(job, message.peer)))
 
-    def _unknown(self, identity: bytes, peer: str) -> m.Alive | None:
+    def _unknown(self, identity: bytes, message: Any) -> m.Alive | None:
+        """Of a peer that is not in the message's job."""
         self.counts["unknown"] += 1
-        return m.Alive(peer=peer, hub=self.token, known=False) if self._has_turn(identity) else None
+        if not self._has_turn(identity):
+            return None
+        return m.Alive(job=message.job, peer=message.peer, hub=self.token, known=False)
 
     def _from_member(self, identity: bytes, message: Any, now: float) -> m.Message | None:
-        coordinator = self.coordinator
         if isinstance(message, m.Piece) and not message.peer:
             return self._client_piece(identity, message, now)
-        if self._identities.get(message.peer) != identity:
-            return self._unknown(identity, message.peer)
-        peer = coordinator.roster.peers[message.peer]
+        job = self.jobs.get(message.job)
+        peer = job.coordinator.roster.peers.get(message.peer) if job else None
+        if job is None or peer is None or self._identities.get(message.peer) != identity:
+            return self._unknown(identity, message)
+        coordinator = job.coordinator
         peer.heard = now
         match message:
             case m.Piece():
                 return self._piece(identity, message, now)
             case m.Leave():
-                self._leave(peer, message.role, now)
+                self._leave(job, peer, message.role, now)
             case m.Enter() | m.Poll():
                 if (trainer := peer.trainer) is None:
                     raise ProtocolError(f"{type(message).__name__}: expected a trainer rank, got {peer}")
@@ -369,8 +395,10 @@ class Hub:
                 number, committed = message.number, coordinator.committed
                 coordinator.requests.poll(identity, trainer.rank, number, size, committed)
             case _:
+                current = coordinator.is_current(message)
                 if not coordinator.answer(message, now):
-                    self.counts["late"] += 1
+                    # Twice or out of turn; or of another incarnation, epoch or round.
+                    self.counts["late" if current else "stale"] += 1
         return None
 
     def _piece(self, identity: bytes, piece: m.Piece, now: float) -> m.Message | None:
@@ -403,27 +431,28 @@ class Hub:
             raise ProtocolError(f"piece: expected a request with tensors, got {type(message).__name__}")
         return self._ask_task(identity, message, now)
 
-    def _leave(self, peer: Peer, role: str, now: float) -> None:
+    def _leave(self, job: ServedJob, peer: Peer, role: str, now: float) -> None:
         if len(peer.roles) > 1 and role in peer.roles:
             leaving = peer.roles.pop(role)
             gone = Peer(id=peer.id, process=peer.process, host=peer.host, pid=peer.pid, heard=now)
             gone.roles[role] = leaving
-            self.coordinator.lost(gone, "left", now)
+            job.coordinator.lost(gone, "left", now)
         else:
-            self._drop(peer, "left", now)
+            self._drop(job, peer, "left", now)
 
-    def _drop(self, peer: Peer, reason: str, now: float) -> None:
+    def _drop(self, job: ServedJob, peer: Peer, reason: str, now: float) -> None:
         log.info("%s: %s", peer, reason)
         self.counts["dropped"] += reason != "left"
-        del self.coordinator.roster.peers[peer.id]
+        del job.coordinator.roster.peers[peer.id]
         self._local.close(self._identities.pop(peer.id, b""))
         self._pieces.pop(peer.id, None)
-        self.coordinator.lost(peer, reason, now)
+        job.coordinator.lost(peer, reason, now)
 
     def _store(self, identity: bytes, call: m.StoreCall, now: float) -> m.Message | None:
-        if call.peer not in self.coordinator.roster.peers:
-            return self._unknown(identity, call.peer)
-        return self._rendezvous.call(call, self.coordinator.epoch)
+        job = self.jobs.get(call.job)
+        if job is None or call.peer not in job.coordinator.roster.peers:
+            return self._unknown(identity, call)
+        return job.rendezvous.call(call, job.coordinator.epoch)
 
     # -- requests from outside ---------------------------------------------------------------------
 
@@ -433,75 +462,89 @@ class Hub:
         if (refused := self._stranger(ask)) is not None:
             failure = m.Failure(rank="hub", tensor=None, reason=refused.reason.removeprefix("hub: "))
             return m.TaskEnd(id=ask.id, ok=False, verdict="failed", failures=[failure])
-        self.coordinator.tasks.ask(identity, ask, now)
-        self.coordinator.advance(now)
+        coordinator = self.jobs.find(ask.job).coordinator
+        coordinator.tasks.ask(identity, ask, now)
+        coordinator.advance(now)
         return None
 
     def _ask_replicas(self, identity: bytes, ask: m.AskReplicas, now: float) -> m.Message | None:
         if not self._has_turn(identity):
             return None
-        return self.coordinator.tasks.replicas(ask.id, self.coordinator.round is not None)
+        coordinator = self.jobs.find(ask.job).coordinator
+        return coordinator.tasks.replicas(ask.id, coordinator.round is not None)
 
     def _status(self, identity: bytes, ask: a.AskStatus, now: float) -> m.Message | None:
         if not self._has_turn(identity):
             return None
         counts = dict(self.counts) | {"not_allowed": self._door.refused if self._door else 0}
-        return status_of(self.coordinator, ask, self.token, now - self._started, counts, now)
+        up_s, jobs = now - self._started, self.jobs.here
+        return status_of(self.jobs.find(ask.job).coordinator, ask, self.token, up_s, counts, jobs, now)
 
     def _request(self, identity: bytes, ask: a.AskUpdate | a.AskCheck | a.AskVersion, now: float) -> m.Message:
-        return self._stranger(ask) or self.coordinator.requests.add(identity, ask, now)
+        return self._stranger(ask) or self.jobs.find(ask.job).coordinator.requests.add(identity, ask, now)
 
     def _pause(self, identity: bytes, ask: a.AskPause, now: float) -> m.Message:
         if (refused := self._stranger(ask)) is not None:
             return refused
-        self.coordinator.paused_until = now + ask.for_s
+        self.jobs.find(ask.job).coordinator.paused_until = now + ask.for_s
         return a.Answer(id=ask.id, ok=True, reason=f"updates are held back for {ask.for_s:.0f} s")
 
     def _resume(self, identity: bytes, ask: a.AskResume, now: float) -> m.Message:
         if (refused := self._stranger(ask)) is not None:
             return refused
-        self.coordinator.paused_until = 0.0
-        self.coordinator.advance(now)
+        coordinator = self.jobs.find(ask.job).coordinator
+        coordinator.paused_until = 0.0
+        coordinator.advance(now)
         return a.Answer(id=ask.id, ok=True, reason="updates go on")
 
     def _stranger(self, ask: a.Command | m.AskTask) -> a.Answer | None:
-        """What was recorded, at this hub's predecessor or elsewhere, is not done here."""
-        if ask.hub == self.token:
+        """What was recorded, at this hub's predecessor or elsewhere, or is for a job that is not here, is not
+        done."""
+        if ask.hub != self.token:
+            reason = "hub: expected this hub's token"
+        elif self.jobs.serves(ask.job):
             return None
+        else:
+            reason = f"job {ask.job!r}: expected one that has ranks here, {self.jobs.here}"
         self.counts["refused"] += 1
-        return a.Answer(id=ask.id, ok=False, verdict="failed", reason="hub: expected this hub's token")
+        return a.Answer(id=ask.id, ok=False, verdict="failed", reason=reason)
 
     # -- what goes out -----------------------------------------------------------------------------
 
     def _flush(self, now: float) -> None:
-        """Send what the coordinator has decided. Who does not read is dropped, which decides anew."""
-        coordinator = self.coordinator
+        """Send what the coordinators have decided. Who does not read is dropped, which decides anew."""
         while True:
-            if coordinator.outbox:
-                outbox = coordinator.outbox[:]
-                coordinator.outbox.clear()
-                last: m.Message | None = None
-                frames: list[Any] = []
-                for peer, message in outbox:
-                    if message is not last:
-                        last, frames = message, _shared(wire.encode(message))
-                    if peer in self._identities and not self._send(self._identities[peer], frames):
-                        self._slow.add(peer)
-            if coordinator.requests.outbox:
-                answers, coordinator.requests.outbox = coordinator.requests.outbox, []
-                for client, answer in answers:
-                    self._send(client, wire.encode(answer))
-            if coordinator.tasks.replies:
-                replies = coordinator.tasks.replies[:]
-                coordinator.tasks.replies.clear()
-                for client, reply in replies:
-                    self._send(client, wire.encode(reply))
+            for job in self.jobs:
+                self._flush_job(job.coordinator)
             if not self._slow:
                 return
-            slow = coordinator.roster.peers.get(self._slow.pop())
-            if slow is not None:
+            found = self.jobs.of(self._slow.pop())
+            if found is not None:
                 self.counts["slow"] += 1
-                self._drop(slow, f"reads too slowly: {MAX_UNREAD} messages unread", now)
+                self._drop(*found, f"reads too slowly: {MAX_UNREAD} messages unread", now)
+
+    def _flush_job(self, coordinator: Coordinator) -> None:
+        if coordinator.outbox:
+            outbox = coordinator.outbox[:]
+            coordinator.outbox.clear()
+            last: m.Message | None = None
+            frames: list[Any] = []
+            for peer, message in outbox:
+                if message is not last:
+                    last, frames = message, _shared(wire.encode(message))
+                if peer in self._identities and not self._send(self._identities[peer], frames):
+                    self._slow.add(peer)
+        if coordinator.requests.outbox:
+            answers, coordinator.requests.outbox = coordinator.requests.outbox, []
+            for client, answer in answers:
+                answer.job = coordinator.job
+                self._send(client, wire.encode(answer))
+        if coordinator.tasks.replies:
+            replies = coordinator.tasks.replies[:]
+            coordinator.tasks.replies.clear()
+            for client, reply in replies:
+                reply.job = coordinator.job
+                self._send(client, wire.encode(reply))
 
     def _send(self, identity: bytes, frames: list[Any]) -> bool:
         """False if the connection has too much unread. One that is gone is left to its heartbeats."""
@@ -525,7 +568,7 @@ def _shared(frames: list[bytes]) -> list[Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="weightbus hub", description="Run the hub until it is stopped.")
-    parser.add_argument("--address", default="tcp://127.0.0.1:5757", help="tcp://host:port to listen on")
+    parser.add_argument("--address", help=f"tcp://host:port to listen on; else {ADDRESS_VARIABLE}")
     parser.add_argument("--ephemeral", action="store_true", help="leave with the last peer")
     parser.add_argument(
         "--dead-after", type=float, default=DEAD_AFTER_S, metavar="SECONDS", help="drop a silent peer after"
@@ -538,7 +581,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     try:
         keys = load_keys(options.keys, insecure=options.insecure)
-        hub = Hub(options.address, ephemeral=options.ephemeral, dead_after_s=options.dead_after, keys=keys)
+        hub = Hub(
+            address_of(options.address), ephemeral=options.ephemeral, dead_after_s=options.dead_after, keys=keys
+        )
     except HubError as error:
         log.error("%s", error)
         return 1

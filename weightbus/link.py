@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import select
-import socket
 import threading
 import time
 import uuid
@@ -21,7 +19,9 @@ from weightbus import local, wire
 from weightbus import messages as m
 from weightbus.errors import HubError, ProtocolError
 from weightbus.hub import DEAD_AFTER_S
+from weightbus.identity import host_name, process_started
 from weightbus.keys import Keys
+from weightbus.rounds import Rounds
 from weightbus.start import ensure_hub
 
 log = logging.getLogger("weightbus")
@@ -103,7 +103,7 @@ class Connection:
 
 
 class Link:
-    """One process's membership of the hub at ``address``.
+    """One process's membership of a job at the hub at ``address``.
 
     held: what this process knows of an earlier hub, for the hello. state: its server rank's state and
     version, for the beats; called from the beats' thread.
@@ -114,12 +114,14 @@ class Link:
         address: str,
         keys: Keys | None = None,
         *,
+        job: str = "",
         held: Callable[[], m.Held] = m.Held,
         state: Callable[[], tuple[m.State, int | None]] = lambda: ("", None),
     ) -> None:
         self.keys = keys or Keys()
         self.keys.check(address)
-        self.address = address
+        self.address, self.job = address, job
+        self.rounds = Rounds(job)
         self.peer = ""
         self.process = uuid.uuid4().hex
         self.context: zmq.Context[Any] = zmq.Context()
@@ -160,9 +162,11 @@ class Link:
         Raises HubError with the hub's reason, or if none answers in ``timeout_s``.
         """
         hello = m.Hello(
+            job=self.job,
             process=self.process,
-            host=re.sub(r"[^\w.-]", "_", socket.gethostname())[:255],
+            host=host_name(),
             pid=os.getpid(),
+            started=process_started(),
             device=device,  # type: ignore[arg-type]
             role=role,
             rank=rank,
@@ -223,10 +227,11 @@ class Link:
                 welcome = answer
                 # Who answers the welcome has heard it: only then is the role taken.
                 state, version = self._state()
-                self._connection.send(m.Beat(peer=welcome.peer, state=state, version=version))
+                self._connection.send(m.Beat(job=self.job, peer=welcome.peer, state=state, version=version))
                 answer = self._await_answer(limit, welcome.peer)
                 if isinstance(answer, m.Alive) and answer.known:
                     self.peer, self._hub = welcome.peer, welcome.hub
+                    self.rounds.joined(answer.header)
                     self._connect_local(welcome.local)
                     return welcome.beat_s
             now = time.monotonic()
@@ -278,6 +283,8 @@ class Link:
     # -- messages ----------------------------------------------------------------------------------
 
     def send(self, message: m.Message) -> None:
+        """As a message of the round that this rank is in."""
+        message.stamp(self.rounds.header)
         if self._local is None:
             self._connection.send(message, self.peer)
             return
@@ -309,10 +316,20 @@ class Link:
                 continue
             if isinstance(answer, m.Welcome):
                 continue  # to a hello that was said again
-            if answer is not None:
+            if answer is not None and self.rounds.accepts(answer):
                 return answer
+            if isinstance(answer, m.Offer | m.TaskOffer):
+                self._decline(answer)
             if left <= 0:
                 return None
+
+    def _decline(self, offer: m.Offer | m.TaskOffer) -> None:
+        """Of a round that this rank is not in: the others need not wait for it."""
+        header, self.rounds.header = self.rounds.header, offer.header._replace(job=self.job)
+        try:
+            self.send(m.Refuse(peer=self.peer, reason=f"this rank is in round {header.update}"))
+        finally:
+            self.rounds.header = header
 
     def _next(self, timeout_s: float, spin_s: float) -> wire.FromHub | None:
         """One message, by whichever way it comes."""
@@ -387,7 +404,8 @@ class Link:
 
     def _one_beat(self, connection: Connection, beat_s: float) -> None:
         state, version = self._state()
-        connection.send(m.Beat(peer=self.peer, state=state, version=version))
+        stale = self.rounds.stale
+        connection.send(m.Beat(job=self.job, peer=self.peer, state=state, version=version, stale=stale))
         answer = connection.receive(beat_s)
         now = time.monotonic()
         if isinstance(answer, m.Alive):

@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "path", type=Path, help="directory, safetensors or index file that all ranks of the replica read"
     )
-    parser.add_argument("--hub", default="tcp://127.0.0.1:5757", metavar="ADDRESS", help="of the hub")
+    parser.add_argument("--hub", metavar="ADDRESS", help="of the hub; else WEIGHTBUS_ADDRESS")
+    parser.add_argument("--job", help="whose; else WEIGHTBUS_JOB")
     parser.add_argument("--keys", metavar="DIR", help="CURVE keys; else WEIGHTBUS_KEYS")
     parser.add_argument("--insecure", action="store_true", help="without keys to any address")
     parser.add_argument("--replica", type=int, help="whose ranks; by default the only complete one's")
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     path = os.path.abspath(options.path)
     try:
-        with Client(options.hub, keys=options.keys, insecure=options.insecure) as client:
+        with Client(options.hub, job=options.job, keys=options.keys, insecure=options.insecure) as client:
             end = client.update_from_disk(
                 path,
                 replica=options.replica,

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import time
 from collections import deque
 from typing import Any
 
 from weightbus import messages as m
 from weightbus.errors import HubError, ProtocolError
+from weightbus.identity import host_name, process_started
 from weightbus.protocol import Coordinator
+from weightbus.rounds import Rounds
 from weightbus.wire import FromHub
 
 PREFIX = "inproc://"
@@ -26,12 +27,13 @@ _FOREVER_S = 1e18
 class Loopback:
     """As ``Link``, with the coordinator in this process."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, job: str = "") -> None:
+        self.address, self.job = address, job
+        self.rounds = Rounds(job)
         self.peer = secrets.token_hex(8)
         self.process = secrets.token_hex(16)
         self.context: Any = None
-        self._coordinator = Coordinator(dead_after_s=_FOREVER_S)
+        self._coordinator = Coordinator(dead_after_s=_FOREVER_S, job=job)
         self._inbox: deque[FromHub] = deque()
 
     def join(
@@ -47,9 +49,11 @@ class Loopback:
     ) -> None:
         """Take a role. Raises HubError with the coordinator's reason."""
         hello = m.Hello(
+            job=self.job,
             process=self.process,
-            host=socket.gethostname(),
+            host=host_name(),
             pid=os.getpid(),
+            started=process_started(),
             device=device,  # type: ignore[arg-type]
             role=role,
             rank=rank,
@@ -62,6 +66,7 @@ class Loopback:
 
     def send(self, message: m.Message) -> None:
         now = time.monotonic()
+        message.stamp(self.rounds.header)
         match message:
             case m.Enter():
                 self._coordinator.enter(message, now)
@@ -80,7 +85,10 @@ class Loopback:
                 time.sleep(0.01)
                 self._coordinator.advance(time.monotonic())
                 self._take()
-        return self._inbox.popleft() if self._inbox else None
+        while self._inbox:
+            if self.rounds.accepts(message := self._inbox.popleft()):
+                return message
+        return None
 
     def _take(self) -> None:
         for _, message in self._coordinator.outbox:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -56,8 +56,39 @@ MAX_GROUPS = 16
 Elsewhere = Annotated[dict[Count, Pair], Meta(max_length=MAX_GROUPS)]
 
 
+# Of a job; empty for one that nobody has named. It is shown to people, so nothing else is in it.
+JOB_PATTERN = r"^[A-Za-z0-9._/:@+-]{0,64}$"
+JobName = Annotated[str, Meta(pattern=JOB_PATTERN)]
+
+
+class Header(NamedTuple):
+    """What a message is of. Whatever is not of the receiver's own is dropped and counted, never acted upon.
+
+    job: its name. incarnation: of the job, drawn by the hub for each start of the trainer. epoch: of the set of
+    ranks. update: number of the round (an update, check, label or task); 0 outside rounds.
+    """
+
+    job: str = ""
+    incarnation: int = 0
+    epoch: int = 0
+    update: int = 0
+
+
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages."""
+    """Base of all messages; these fields are the header, and in each of them."""
+
+    job: JobName = ""
+    incarnation: Count = 0
+    epoch: Count = 0
+    update: Count = 0
+
+    @property
+    def header(self) -> Header:
+        return Header(self.job, self.incarnation, self.epoch, self.update)
+
+    def stamp(self, header: Header) -> None:
+        """Make it a message of ``header``'s round, or of none."""
+        self.job, self.incarnation, self.epoch, self.update = header
 
 
 class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -73,9 +104,10 @@ class Held(Record):
     epoch: the last one it was in, as ``place`` of ``members``. group: that epoch's token, while its process
     group lives. plans: kept under it. version: last committed here. sealed, verdict: seed and verdict of the
     last update that was committed here. unheard: seed of an update that this rank has run, and of which it
-    has not heard the outcome.
+    has not heard the outcome; it was round ``round``. incarnation: of its job, as far as it knows.
     """
 
+    incarnation: Count = 0
     epoch: Count = 0
     place: Count = 0
     members: Count = 0
@@ -85,12 +117,15 @@ class Held(Record):
     sealed: Seed | None = None
     verdict: Word = "unverified"
     unheard: Seed | None = None
+    round: Count = 0
 
 
 class Hello(Message, tag="hello"):
     """A process asks for a role; it has it once it has answered the welcome with a beat.
 
-    The same process may take both roles, each with its own hello.
+    The same process may take both roles, each with its own hello. process: drawn by it at random.
+    started: when it started, as Unix time. start: what all ranks of one start of a job share and those of no
+    other do; empty where nothing is known.
     """
 
     process: Token
@@ -101,6 +136,8 @@ class Hello(Message, tag="hello"):
     rank: Rank
     size: Size
     replica: Rank = 0
+    started: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    start: Token = ""
     held: Held | None = None
 
 
@@ -123,11 +160,15 @@ class Refused(Message, tag="refused"):
 
 
 class Beat(Message, tag="beat"):
-    """Sent once over the rank's own connection, which takes the role, then again and again over another."""
+    """Sent once over the rank's own connection, which takes the role, then again and again over another.
+
+    stale: how many messages of other rounds this rank has dropped so far.
+    """
 
     peer: Token
     state: State = ""
     version: Count | None = None
+    stale: Count = 0
 
 
 class Alive(Message, tag="alive"):
@@ -217,8 +258,6 @@ class Offer(Message, tag="offer"):
     group: the epoch's token. members: empty where all were told in this epoch.
     """
 
-    update: Count
-    epoch: Count
     group: Token
     kind: Kind
     version: Count
@@ -241,7 +280,6 @@ class Facts(Message, tag="facts"):
     """
 
     peer: Token
-    update: Count
     blob: Blob
     memory: Blob = b""
 
@@ -249,7 +287,6 @@ class Facts(Message, tag="facts"):
 class Gathered(Message, tag="gathered"):
     """All members' facts of one kind: the distinct ones, which of them is whose, and each one's ``memory``."""
 
-    update: Count
     of: FactsOf
     blobs: list[Blob]
     holder: dict[Rank, Count]
@@ -260,7 +297,6 @@ class Ready(Message, tag="ready"):
     """``stale``: this rank's tensors moved since the plan was made; facts must be exchanged again."""
 
     peer: Token
-    update: Count
     plan: Token = ""
     stale: bool = False
 
@@ -269,14 +305,12 @@ class Refuse(Message, tag="refuse"):
     """A member can't take part; no byte has moved."""
 
     peer: Token
-    update: Count
     reason: Reason
 
 
 class Go(Message, tag="go"):
     """Every member is ready: run the plan, digest under ``seed``."""
 
-    update: Count
     seed: Seed
 
 
@@ -321,7 +355,6 @@ class Done(Message, tag="done"):
     """
 
     peer: Token
-    update: Count
     nbytes: Count = 0
     sent: list[Fold] = []
     live: list[Fold] = []
@@ -339,13 +372,11 @@ class Done(Message, tag="done"):
 class Detail(Message, tag="detail"):
     """Folds differ: send the sums of each tensor for these groups of these jobs."""
 
-    update: Count
     groups: list[tuple[Count, Count]]
 
 
 class Sums(Message, tag="sums"):
     peer: Token
-    update: Count
     sent: list[TensorSums] = []
     live: list[TensorSums] = []
 
@@ -361,7 +392,6 @@ class Suspect(Record):
 class Suspects(Message, tag="suspects"):
     """Say what you know of these tensors: a Clue for each, in order."""
 
-    update: Count
     suspects: Annotated[list[Suspect], Meta(max_length=MAX_SUSPECTS)]
 
 
@@ -403,7 +433,6 @@ class Clue(Record):
 
 class Clues(Message, tag="clues"):
     peer: Token
-    update: Count
     clues: Annotated[list[Clue], Meta(max_length=MAX_SUSPECTS)]
 
 
@@ -421,7 +450,6 @@ class Question(Record):
 
 
 class Probe(Message, tag="probe"):
-    update: Count
     questions: Annotated[list[Question], Meta(max_length=2 * MAX_NARROWED)]
 
 
@@ -429,7 +457,6 @@ class Probed(Message, tag="probed"):
     """Sums for each box of each question, in order."""
 
     peer: Token
-    update: Count
     sums: list[Annotated[list[Pair], Meta(max_length=MAX_BOXES)]] = []
     error: Reason = ""
 
@@ -471,14 +498,12 @@ class Outcome(Message, tag="outcome"):
     digest_s: the longest that a server rank took to digest, after its transfers or in a check.
     """
 
-    update: Count
     ok: bool
     moved: bool
     verdict: Word
     failures: list[Failure] = []
     partial: dict[Name, Reason] = {}
     exempt: dict[Name, Reason] = {}
-    epoch: Count = 0
     seconds: Seconds = 0.0
     digest_s: Seconds = 0.0
     trainers: Count = 0
@@ -569,7 +594,6 @@ class AskTask(Message, tag="ask_task"):
 class TaskOffer(Message, tag="task_offer"):
     """The start of a task for every rank that takes part; their order gives each its place."""
 
-    update: Count
     task: Task
     members: list[Member]
     run_s: Seconds

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from weightbus import asks as a
 from weightbus import messages as m
-from weightbus.client import DEFAULT_ADDRESS, Client
+from weightbus.client import Client
 from weightbus.errors import WeightbusError
 from weightbus.keys import generate
 from weightbus.metrics import prometheus_text, serve_metrics
@@ -35,7 +35,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
         parser.add_argument("directory", help="where to write; made if need be")
         parser.add_argument("--client", default="client", help="name of the client whose keys are made")
     else:
-        parser.add_argument("--address", default=DEFAULT_ADDRESS, help="the hub's, tcp://host:port")
+        parser.add_argument("--address", help="the hub's, tcp://host:port; else WEIGHTBUS_ADDRESS")
+        parser.add_argument("--job", help="whose; else WEIGHTBUS_JOB")
         parser.add_argument("--keys", metavar="DIR", help="CURVE keys; else WEIGHTBUS_KEYS")
         parser.add_argument("--insecure", action="store_true", help="without keys to any address")
     if command in ("status", "check", "update", "set-version", "pause", "resume"):
@@ -71,7 +72,11 @@ def main(command: str, arguments: Sequence[str]) -> int:
                 print(path)
             return 0
         with Client(
-            options.address, keys=options.keys, insecure=options.insecure, on_wait=_say_that_it_waits
+            options.address,
+            job=options.job,
+            keys=options.keys,
+            insecure=options.insecure,
+            on_wait=_say_that_it_waits,
         ) as client:
             return RUN[command](client, options)
     except (WeightbusError, OSError) as error:

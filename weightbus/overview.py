@@ -10,7 +10,13 @@ from weightbus.protocol import Coordinator
 
 
 def status_of(
-    coordinator: Coordinator, ask: a.AskStatus, hub: str, up_s: float, counts: Mapping[str, int], now: float
+    coordinator: Coordinator,
+    ask: a.AskStatus,
+    hub: str,
+    up_s: float,
+    counts: Mapping[str, int],
+    jobs: list[str],
+    now: float,
 ) -> a.Status:
     """State of the hub now. States and versions of ranks are as of their last beats."""
     roster = coordinator.roster
@@ -28,6 +34,8 @@ def status_of(
         hub=hub,
         weightbus=weightbus.__version__,
         up_s=up_s,
+        job=coordinator.job,
+        incarnation=coordinator.incarnation,
         epoch=coordinator.epoch,
         version=coordinator.committed if coordinator.committed >= 0 else None,
         paused_s=max(0.0, coordinator.paused_until - now),
@@ -49,5 +57,6 @@ def status_of(
         missing=[line[:1000] for line in coordinator.missing(now)[:64]],
         requests=len(coordinator.requests),
         counts=dict(counts),
+        jobs=jobs,
         past=coordinator.past(min(ask.past, 16)),
     )

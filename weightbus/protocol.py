@@ -84,6 +84,7 @@ class Round:
     started: float
     deadline: float
     enter: m.Enter
+    header: m.Header
     phase: Phase = Phase.ENTER
     expected: set[str] = field(default_factory=set)
     answers: dict[str, m.Message] = field(default_factory=dict)
@@ -101,7 +102,9 @@ class Round:
 class Coordinator:
     """State of the hub: the roster, the epoch, and at most one round."""
 
-    def __init__(self, *, dead_after_s: float) -> None:
+    def __init__(self, *, dead_after_s: float, job: str = "") -> None:
+        self.job = job
+        self.incarnation = 0
         self.roster = Roster(dead_after_s=dead_after_s)
         self.outbox: list[tuple[str, m.Message]] = []
         self.epoch = 0
@@ -116,7 +119,7 @@ class Coordinator:
         self.committed = -1
         self.paused_until = 0.0
         self.requests = Requests()
-        self.tasks = Tasks(self.roster, self.outbox, self._number)
+        self.tasks = Tasks(self.roster, self.outbox, self._number, self.header)
         self._past: deque[tuple[Round, m.Outcome, float]] = deque(maxlen=PAST_ROUNDS)
         self._rebuilt = Rebuilt()
         self._now = 0.0
@@ -137,14 +140,19 @@ class Coordinator:
         """A peer has come, perhaps from an earlier hub: what it knows of before is taken over."""
         if peer.held is not None and peer.held.version is not None:
             self.committed = max(self.committed, peer.held.version)
-        self.outbox += self._rebuilt.joined(peer, self.roster)
+        if peer.held is not None:
+            self.incarnation = max(self.incarnation, peer.held.incarnation)
+        self.outbox += self._rebuilt.joined(peer, self.roster, self.job)
         self.advance(now)
 
     def enter(self, message: m.Enter, now: float) -> None:
         """A trainer rank calls ``update`` or ``check``: the first one opens the round."""
         if self.round is None:
             deadline = now + message.join_s
-            self.round = Round(update=self._number(), started=now, deadline=deadline, enter=message)
+            number = self._number()
+            self.round = Round(
+                update=number, started=now, deadline=deadline, enter=message, header=self.header(number)
+            )
         round = self.round
         if round.phase is not Phase.ENTER:
             self._refuse_enter(message, f"update {round.update} is still going on")
@@ -160,6 +168,11 @@ class Coordinator:
         round.answers[message.peer] = message
         self.advance(now)
 
+    def is_current(self, message: m.Message) -> bool:
+        """Whether it is of the round or the task that is going on."""
+        going = (self.round, self.tasks.going)
+        return any(message.header == one.header for one in going if one is not None)
+
     def answer(
         self, message: m.Facts | m.Ready | m.Refuse | m.Done | m.Sums | m.Clues | m.Probed, now: float
     ) -> bool:
@@ -168,7 +181,7 @@ class Coordinator:
             self.advance(now)
             return True
         round = self.round
-        if round is None or message.update != round.update or message.peer not in round.expected:
+        if round is None or message.header != round.header or message.peer not in round.expected:
             return False
         if message.peer in round.answers or not isinstance(message, ANSWERS[round.phase]):
             return False
@@ -191,7 +204,7 @@ class Coordinator:
         if peer.trainer:
             self.requests.forget_polls()
         if not any(p.trainer for p in self.roster.peers.values()) and peer.trainer:
-            self._send(self.roster.peers, m.Farewell())
+            self._send(self.roster.peers, m.Farewell(), self.header())
         self.advance(now)
 
     def advance(self, now: float) -> None:
@@ -251,11 +264,10 @@ class Coordinator:
                 set(),
             )
             self._group, self._broken, self._introduced = group, False, False
+        round.header = self.header(round.update)
         facts = [answer.facts for p in group if isinstance(answer := round.answers.get(p), m.Enter)]
         plan = fingerprint([self._group_token, self.epoch, enter.modules, enter.settings, *facts])
         round.offer = m.Offer(
-            update=round.update,
-            epoch=self.epoch,
             group=self._group_token,
             kind=enter.kind,
             version=enter.version,
@@ -303,7 +315,7 @@ class Coordinator:
             if isinstance(answer, m.Facts):
                 holder[rank] = blobs.setdefault(answer.blob, len(blobs))
                 memory[rank] = answer.memory
-        return m.Gathered(update=round.update, of=of, blobs=list(blobs), holder=holder, memory=memory)
+        return m.Gathered(of=of, blobs=list(blobs), holder=holder, memory=memory)
 
     def _go(self, round: Round, now: float) -> None:
         assert round.offer is not None
@@ -325,7 +337,7 @@ class Coordinator:
         else:
             self._planned.add(round.offer.plan)
             round.seed = secrets.token_bytes(32)
-            self._send(round.members, m.Go(update=round.update, seed=round.seed))
+            self._send(round.members, m.Go(seed=round.seed))
             self._next(round, Phase.RUN, round.members, now + round.enter.transfer_s)
 
     def _judge(self, round: Round, now: float) -> None:
@@ -341,7 +353,7 @@ class Coordinator:
             return
         round.inquiry = Inquiry(round.members, dones)
         if wrong:
-            self._send(round.members, m.Detail(update=round.update, groups=wrong))
+            self._send(round.members, m.Detail(groups=wrong))
             self._next(round, Phase.DETAIL, round.members, now + round.enter.transfer_s)
         elif round.inquiry.failures():
             self._mismatch(round, now)
@@ -356,7 +368,7 @@ class Coordinator:
         if not suspects:
             self._mismatch(round, now)
             return
-        self._send(round.members, m.Suspects(update=round.update, suspects=suspects))
+        self._send(round.members, m.Suspects(suspects=suspects))
         self._next(round, Phase.CLUES, round.members, now + min(INQUIRY_S, round.enter.transfer_s))
 
     def _hear(self, round: Round, now: float) -> None:
@@ -377,7 +389,7 @@ class Coordinator:
             self._mismatch(round, now)
             return
         for peer, questions in asked.items():
-            self._send([peer], m.Probe(update=round.update, questions=questions))
+            self._send([peer], m.Probe(questions=questions))
         self._next(round, Phase.NARROW, asked, round.deadline)
 
     def _mismatch(self, round: Round, now: float) -> None:
@@ -407,14 +419,12 @@ class Coordinator:
             self.committed = round.enter.version
         servers = [member.server for member in round.members.values() if member.server]
         outcome = m.Outcome(
-            update=round.update,
             ok=ok,
             moved=moved,
             verdict=verdict,
             failures=round.failures[:1000],
             partial={name: why for done in round.dones.values() for name, why in sorted(done.partial.items())},
             exempt={name: why for done in round.dones.values() for name, why in sorted(done.exempt.items())},
-            epoch=self.epoch,
             seconds=now - round.started,
             digest_s=max((laps.get("verify", 0.0) for laps in self._server_stages(round)), default=0.0),
             trainers=sum(member.trainer is not None for member in round.members.values()),
@@ -437,7 +447,7 @@ class Coordinator:
         self._past.append((round, outcome, time.time() - outcome.seconds))
         self.requests.settle(round.enter, outcome)
         self.round = None
-        self._send(recipients, outcome)
+        self._send(recipients, outcome, round.header)
 
     def _server_stages(self, round: Round) -> list[dict[str, float]]:
         members = round.members
@@ -445,9 +455,9 @@ class Coordinator:
 
     def _refuse_enter(self, message: m.Enter, reason: str) -> None:
         failure = m.Failure(rank=str(self.roster.peers[message.peer]), tensor=None, reason=reason)
-        outcome = m.Outcome(update=0, ok=False, moved=False, verdict="failed", failures=[failure])
+        outcome = m.Outcome(ok=False, moved=False, verdict="failed", failures=[failure])
         self.requests.settle(message, outcome)
-        self._send([message.peer], outcome)
+        self._send([message.peer], outcome, self.header())
 
     def _note(self, round: Round, rank: str, reason: str, now: float) -> None:
         round.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
@@ -462,7 +472,12 @@ class Coordinator:
         round.answers = {}
         round.phases[phase.name] = self._now - round.started
 
-    def _send(self, peers: Iterable[str], message: m.Message) -> None:
+    def header(self, update: int = 0) -> m.Header:
+        return m.Header(self.job, self.incarnation, self.epoch, update)
+
+    def _send(self, peers: Iterable[str], message: m.Message, header: m.Header | None = None) -> None:
+        """header: by default that of the round."""
+        message.stamp(header or (self.round.header if self.round else self.header()))
         self.outbox += [(peer, message) for peer in peers]
 
 

@@ -14,7 +14,6 @@ from typing import Literal, overload
 
 from weightbus import messages as m
 from weightbus.box import Box
-from weightbus.client import DEFAULT_ADDRESS
 from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.frozen import Where
@@ -46,7 +45,9 @@ class Publisher:
 
     source: the model that is trained: an ``nn.Module``, a mapping of names to modules, or an iterable
         of (name, tensor). Plain tensors, or DTensors of any mesh and placement but ``Partial``.
-    address: the hub's. rank, size: default from the model's device mesh, else torchrun's variables.
+    address: the hub's, else ``WEIGHTBUS_ADDRESS``, else port 5757 of this host. job: which job this is, else
+        ``WEIGHTBUS_JOB``; jobs of different names never pair, whether at one hub or not.
+    rank, size: default from the model's device mesh, else torchrun's variables.
     min_replicas: an update waits until so many replicas of the server job are complete.
     bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; by default 2 buckets of
         64 MiB on the CPU, of 256 MiB on CUDA. So much is sent together, or more where it needs no bucket.
@@ -69,7 +70,8 @@ class Publisher:
         self,
         source: Source,
         *,
-        address: str = DEFAULT_ADDRESS,
+        address: str | None = None,
+        job: str | None = None,
         rank: int | None = None,
         size: int | None = None,
         min_replicas: int = 1,
@@ -112,7 +114,7 @@ class Publisher:
         self._task = ""
         self._tasks: list[m.Asked] = []
         keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
-        self._session = Session.open(address, device, num_buckets, keys, reconnect_timeout_s)
+        self._session = Session.open("trainer", address, job, device, num_buckets, keys, reconnect_timeout_s)
         try:
             self._session.link.join(
                 role="trainer",

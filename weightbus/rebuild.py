@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from weightbus import messages as m
 from weightbus.asks import Past, RankTimes
 from weightbus.roster import Peer, Roster
@@ -37,7 +39,7 @@ class Rebuilt:
             if len(self._outcomes) > MAX_OUTCOMES:
                 self._outcomes.popitem(last=False)
 
-    def joined(self, peer: Peer, roster: Roster) -> list[tuple[str, m.Message]]:
+    def joined(self, peer: Peer, roster: Roster, job: str) -> list[tuple[str, m.Message]]:
         """Outcomes that can be told now to ranks that have not heard them."""
         if (held := peer.held) is None:
             return []
@@ -52,7 +54,10 @@ class Rebuilt:
                 for other in waiting:
                     assert other.held is not None
                     other.held.unheard = None
-                    told.append((other.id, outcome))
+                    mine = msgspec.structs.replace(outcome)
+                    # Of the round in which it waits, whoever has the hub's part in that now.
+                    mine.stamp(m.Header(job, other.held.incarnation, other.held.epoch, other.held.round))
+                    told.append((other.id, mine))
         return told
 
     def _found(self, seed: bytes, waiting: Sequence[Peer], roster: Roster) -> m.Outcome | None:
@@ -65,12 +70,10 @@ class Rebuilt:
                 return None
         reason = "it was lost before it had told any rank of a decision"
         return m.Outcome(
-            update=0,
             ok=sealed is not None,
             moved=True,
             verdict=sealed.verdict if sealed else "failed",
             failures=[] if sealed else [m.Failure(rank="hub", tensor=None, reason=reason)],
-            epoch=sealed.epoch if sealed else self.epoch,
             trainers=len(roster.trainers()),
             replicas=roster.complete(),
             servers=sum(p.server is not None for p in peers),

@@ -21,6 +21,7 @@ class Peer:
     held: m.Held | None = None
     state: m.State = ""
     version: int | None = None
+    stale: int = 0
 
     @property
     def trainer(self) -> m.Hello | None:

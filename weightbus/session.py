@@ -23,6 +23,7 @@ from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError, UpdateError
 from weightbus.group import Group
 from weightbus.hub import HUB_SPIN_S, SPIN_S
+from weightbus.identity import address_of, job_of
 from weightbus.keys import Keys
 from weightbus.lanes import Lanes
 from weightbus.link import REJOIN_S, HubLost, Link
@@ -43,17 +44,23 @@ POLL_S = 10.0
 class Session:
     """Everything that a process's publisher and subscriber share: link, group, staging and plans."""
 
-    _open: ClassVar[dict[str, Session]] = {}
+    _open: ClassVar[dict[tuple[str, str], Session]] = {}
     _open_lock = threading.Lock()
 
     def __init__(
-        self, address: str, device: torch.device, num_buckets: int, keys: Keys, reconnect_timeout_s: float
+        self,
+        address: str,
+        job: str,
+        device: torch.device,
+        num_buckets: int,
+        keys: Keys,
+        reconnect_timeout_s: float,
     ) -> None:
         self.link: Link | Loopback
         if address.startswith(PREFIX):
-            self.link = Loopback(address)
+            self.link = Loopback(address, job)
         else:
-            self.link = Link(address, keys, held=self._held, state=self._state)
+            self.link = Link(address, keys, job=job, held=self._held, state=self._state)
         self.reconnect_timeout_s = reconnect_timeout_s
         self.origin: Origin | None = None
         self.destination: Destination | None = None
@@ -62,7 +69,7 @@ class Session:
         self._plans: dict[str, Planned] = {}
         self.recent: Planned | None = None  # the plan that ran last, if it still holds
         self._epoch = -1
-        self._users = 0
+        self._roles: set[m.Role] = set()
         # What a new hub has to know of an earlier one.
         self.members: list[m.Member] = []
         self.place = 0
@@ -80,32 +87,44 @@ class Session:
     @classmethod
     def open(
         cls,
-        address: str,
+        role: m.Role,
+        address: str | None,
+        job: str | None,
         device: torch.device,
         num_buckets: int,
         keys: Keys,
         reconnect_timeout_s: float = REJOIN_S,
     ) -> Session:
-        """The process's session at ``address``: a publisher and a subscriber there share one."""
+        """The process's session of ``job`` at ``address``: a publisher and a subscriber there share one.
+
+        Raises SpecError for a second one of either that would take the first one's place.
+        """
+        address, job = address_of(address), job_of(job)
         with cls._open_lock:
-            session = cls._open.get(address)
+            session = cls._open.get((address, job))
             if session is None:
-                session = cls(address, device, num_buckets, keys, reconnect_timeout_s)
-                cls._open[address] = session
+                session = cls(address, job, device, num_buckets, keys, reconnect_timeout_s)
+                cls._open[address, job] = session
+            elif role in session._roles:
+                end = "publisher" if role == "trainer" else "subscriber"
+                raise SpecError(
+                    f"{end}: this process has one of job {job!r} at {address} already; expected it to be closed"
+                    f" first, or another job= for this one"
+                )
             elif session.device != device and not isinstance(session.link, Loopback):
                 raise SpecError(f"device: expected {session.device} as the other end here, got {device}")
             elif session.device.type == "cpu" != device.type:
                 session._place(device, num_buckets)  # between a CPU and a GPU, the GPU does the work
-            session._users += 1
+            session._roles.add(role)
             return session
 
     def close(self, role: m.Role) -> None:
         """Give up a role; the last one closes link and group."""
         with self._open_lock:
-            self._users -= 1
-            last = self._users == 0
+            self._roles.discard(role)
+            last = not self._roles
             if last:
-                self._open.pop(self.link.address, None)
+                self._open.pop((self.link.address, self.link.job), None)
         if role == "trainer":
             self.origin = None
         else:
@@ -133,7 +152,12 @@ class Session:
             enter.peer = self.link.peer
             self.link.send(enter)
             turn = Turn(self, progress, copied)
-            outcome = self._to_the_end(turn, None, enter.join_s + SLACK_S, again=time.monotonic() < deadline)
+            self.link.rounds.entered = True
+            try:
+                again = time.monotonic() < deadline
+                outcome = self._to_the_end(turn, None, enter.join_s + SLACK_S, again=again)
+            finally:
+                self.link.rounds.entered = False
             if outcome is not None:
                 return outcome
 
@@ -145,19 +169,23 @@ class Session:
 
     def _to_the_end(self, turn: Turn, offer: m.Offer | None, wait_s: float, *, again: bool) -> m.Outcome | None:
         """The outcome; None if the hub was lost before it had offered anything, and ``again`` is wished for."""
-        try:
-            return self._follow(turn, offer, wait_s)
-        except HubLost as lost:
-            if again and turn.offer is None:
-                return None
-            return turn.ended(self._orphaned(turn, lost))
-        finally:
-            turn.close()
-            if turn.farewell is not None:
-                self.link.push_back(turn.farewell)
+        with contextlib.ExitStack() as stack:
+            stack.callback(turn.close)
+            try:
+                return self._follow(turn, offer, wait_s, stack)
+            except HubLost as lost:
+                if again and turn.offer is None:
+                    return None
+                return turn.ended(self._orphaned(turn, lost))
+            finally:
+                if turn.farewell is not None:
+                    self.link.push_back(turn.farewell)
 
-    def _follow(self, turn: Turn, offer: m.Offer | None, wait_s: float) -> m.Outcome:
+    def _follow(
+        self, turn: Turn, offer: m.Offer | None, wait_s: float, stack: contextlib.ExitStack
+    ) -> m.Outcome:
         if offer is not None:
+            stack.enter_context(self.link.rounds.within(offer))
             turn.offered(offer)
         else:
             turn.look_ahead()
@@ -170,6 +198,8 @@ class Session:
                 case None:
                     raise HubLost(f"no word from {self.link.address} for {limit_s:.0f} s in an update")
                 case m.Offer():
+                    if turn.offer is None:
+                        stack.enter_context(self.link.rounds.within(message))
                     turn.offered(message)
                 case m.Gathered():
                     turn.gathered(message)
@@ -212,7 +242,9 @@ class Session:
         deadline = time.monotonic() + timeout_s
         with contextlib.ExitStack() as stack:
             keys = None if isinstance(self.link, Loopback) else self.link.keys
-            client = stack.enter_context(Client(self.link.address, keys=keys)) if lead else None
+            client = (
+                stack.enter_context(Client(self.link.address, job=self.link.job, keys=keys)) if lead else None
+            )
             id = client.send(task, wait_s=timeout_s, run_s=timeout_s) if client else ""
             while True:
                 message = self.link.receive(0.05)
@@ -288,7 +320,7 @@ class Session:
                 return outcome
         failure = m.Failure(rank="hub", tensor=None, reason=reason)
         moved = turn.seed is not None
-        return m.Outcome(update=0, ok=False, moved=moved, verdict="failed", failures=[failure])
+        return m.Outcome(ok=False, moved=moved, verdict="failed", failures=[failure])
 
     def _await_outcome(self, deadline: float) -> m.Outcome | None:
         while (left := deadline - time.monotonic()) > 0:
@@ -309,7 +341,9 @@ class Session:
     def _held(self) -> m.Held:
         sealed = self._sealed or (None, "unverified")
         alive = self._group is not None
+        header = self.link.rounds.header
         return m.Held(
+            incarnation=header.incarnation,
             epoch=max(self._epoch, 0),
             place=self.place,
             members=len(self.members),
@@ -319,6 +353,7 @@ class Session:
             sealed=sealed[0],
             verdict=sealed[1],
             unheard=self._unheard,
+            round=header.update,
         )
 
     def _state(self) -> tuple[m.State, int | None]:

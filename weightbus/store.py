@@ -30,6 +30,7 @@ class HubStore(dist.Store):  # type: ignore[misc, name-defined]
         self._link = link
         self._calls = 0
         self._prefix = f"{epoch}/"
+        self._header = link.rounds.header._replace(epoch=epoch, update=0)
         self._limit = timedelta(seconds=timeout_s)
         self._lock = threading.Lock()
         self._connection = link.connect()
@@ -41,6 +42,7 @@ class HubStore(dist.Store):  # type: ignore[misc, name-defined]
                 raise HubError("the process group's store is closed")
             self._calls += 1
             message.peer, message.call = self._link.peer, self._calls
+            message.stamp(self._header)
             self._connection.send(message)
             deadline = time.monotonic() + _ANSWER_S
             while True:

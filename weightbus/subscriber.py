@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from weightbus import messages as m
-from weightbus.client import DEFAULT_ADDRESS
 from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
 from weightbus.install import NameMap
@@ -61,7 +60,7 @@ class Subscriber:
         update between the same two steps. Called once in each ``poll``.
     cpu_group: the engine's own group of the replica's ranks, for CPU tensors: with it, SHA-256 digests of whole
         tensors are put together from shards. Without it, ranks are asked about their shards alone.
-    reconnect_timeout_s, keys, insecure: as the publisher's.
+    address, job, reconnect_timeout_s, keys, insecure: as the publisher's.
     Raises HubError if no hub answers in ``connect_timeout_s`` or it refuses this rank.
     """
 
@@ -69,7 +68,8 @@ class Subscriber:
         self,
         target: Source,
         *,
-        address: str = DEFAULT_ADDRESS,
+        address: str | None = None,
+        job: str | None = None,
         device: torch.device | str | None = None,
         replica: int = 0,
         rank: int | None = None,
@@ -110,7 +110,7 @@ class Subscriber:
         self._closed = self._left = False
         device = self._destination.device
         keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
-        self._session = Session.open(address, device, num_buckets, keys, reconnect_timeout_s)
+        self._session = Session.open("server", address, job, device, num_buckets, keys, reconnect_timeout_s)
         try:
             self._session.link.join(
                 role="server",

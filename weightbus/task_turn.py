@@ -51,7 +51,8 @@ class TaskTurn:
     def follow(self) -> m.Outcome:
         """From the offer to the outcome. Raises HubError if the hub is lost."""
         try:
-            outcome = self._follow()
+            with self.session.link.rounds.within(self.offer):
+                outcome = self._follow()
         except Ended as ended:
             outcome = ended.outcome
         finally:
@@ -71,13 +72,13 @@ class TaskTurn:
             match message:
                 case None:
                     raise HubError(f"no word from {link.address} for {limit_s:.0f} s in a task")
-                case m.Gathered(update=offer.update, of="prepare"):
+                case m.Gathered(of="prepare"):
                     self._try(lambda gathered=message: self._check(gathered))  # type: ignore[misc]
-                case m.Go(update=offer.update):
+                case m.Go():
                     self._write()
-                case m.Gathered(update=offer.update, of="write"):
+                case m.Gathered(of="write"):
                     self._finish(message)
-                case m.Outcome(update=offer.update):
+                case m.Outcome():
                     return message
                 case m.Farewell():
                     self._heard_farewell(message)
@@ -92,12 +93,12 @@ class TaskTurn:
         except Ended:
             raise
         except Exception as error:
-            answer = m.Refuse(peer=self.session.link.peer, update=self.offer.update, reason=explain(error))
+            answer = m.Refuse(peer=self.session.link.peer, reason=explain(error))
         self.session.link.send(answer)
 
     def _prepare(self) -> m.Facts:
         self.work = self._make()
-        return m.Facts(peer=self.session.link.peer, update=self.offer.update, blob=self.work.prepare())
+        return m.Facts(peer=self.session.link.peer, blob=self.work.prepare())
 
     def _make(self) -> Work:
         task, destination, peer = self.offer.task, self.session.destination, self.session.link.peer
@@ -123,7 +124,7 @@ class TaskTurn:
         if isinstance(self.work, Load) and self.session.destination:
             self._began = True
             self.session.destination.before(self.work.version)
-        return m.Ready(peer=self.session.link.peer, update=self.offer.update)
+        return m.Ready(peer=self.session.link.peer)
 
     def _write(self) -> None:
         assert self.work is not None, "the hub says go to those who are ready"
@@ -137,7 +138,7 @@ class TaskTurn:
         if blob is None:
             self._done()
         else:
-            self.session.link.send(m.Facts(peer=self.session.link.peer, update=self.offer.update, blob=blob))
+            self.session.link.send(m.Facts(peer=self.session.link.peer, blob=blob))
 
     def _finish(self, gathered: m.Gathered) -> None:
         assert self.work is not None, "it has written"
@@ -151,7 +152,7 @@ class TaskTurn:
         self._done()
 
     def _done(self, error: str = "") -> None:
-        done = m.Done(peer=self.session.link.peer, update=self.offer.update, error=error)
+        done = m.Done(peer=self.session.link.peer, error=error)
         if isinstance(self.work, Load):
             done.partial, done.version, done.verdict = self.work.partial, self.work.version, self.work.word
         self.session.link.send(done)

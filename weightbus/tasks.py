@@ -76,6 +76,7 @@ class Going:
     started: float
     deadline: float
     members: list[m.Member]
+    header: m.Header
     step: Step = Step.PREPARE
     answers: dict[str, m.Message] = field(default_factory=dict)
     failures: list[m.Failure] = field(default_factory=list)
@@ -91,16 +92,27 @@ class Going:
 class Tasks:
     """All requests at the hub: at most one going on, the others waiting.
 
-    outbox: (peer, message) for ranks. number: the next number of a round. replies: (connection, message)
-    for clients.
+    outbox: (peer, message) for ranks. number: the next number of a round; header: its header.
+    replies: (connection, message) for clients.
     """
 
-    def __init__(self, roster: Roster, outbox: list[tuple[str, m.Message]], number: Callable[[], int]) -> None:
-        self._roster, self._outbox, self._number = roster, outbox, number
+    def __init__(
+        self,
+        roster: Roster,
+        outbox: list[tuple[str, m.Message]],
+        number: Callable[[], int],
+        header: Callable[[int], m.Header],
+    ) -> None:
+        self._roster, self._outbox, self._number, self._header = roster, outbox, number, header
         self.replies: list[tuple[bytes, m.Message]] = []
         self.going: Going | None = None
         self._waiting: deque[Waiting] = deque()
         self._known: dict[int, tuple[Known, int | None]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """How many requests have not started."""
+        return len(self._waiting)
 
     # -- what comes in -----------------------------------------------------------------------------
 
@@ -148,7 +160,7 @@ class Tasks:
     def answer(self, message: m.Message, now: float) -> bool:
         """A rank's answer; False if it is of no use (late, repeated, out of turn, or of an update)."""
         going = self.going
-        if going is None or not isinstance(message, Answer) or message.update != going.update:
+        if going is None or not isinstance(message, Answer) or message.header != going.header:
             return False
         member = going.member(message.peer)
         if member is None or message.peer in going.answers or not isinstance(message, ANSWERS[going.step]):
@@ -226,10 +238,11 @@ class Tasks:
         return task.replica in replicas and task.replica not in complete
 
     def _start(self, request: Waiting, members: list[m.Member], now: float) -> None:
-        ask = request.ask
+        ask, number = request.ask, self._number()
         going = self.going = Going(
             request=request,
-            update=self._number(),
+            update=number,
+            header=self._header(number),
             started=now,
             deadline=now + ask.run_s,
             members=members,
@@ -238,13 +251,13 @@ class Tasks:
         for place, member in enumerate(members):
             mine = [i for i, frame in enumerate(ask.frames) if len(places) == 1 or frame.place == place]
             offer = m.TaskOffer(
-                update=going.update,
                 task=ask.task,
                 members=members,
                 run_s=ask.run_s,
                 frames=[ask.frames[i] for i in mine],
                 payloads=[ask.payloads[i] for i in mine],
             )
+            offer.stamp(going.header)
             self._outbox.append((member.peer, offer))
         ask.payloads = []  # the sockets hold them now
 
@@ -271,7 +284,7 @@ class Tasks:
             self._end(going, "verified", now)
             return
         if going.step is Step.READY:
-            self._send(going, m.Go(update=going.update, seed=secrets.token_bytes(32)))
+            self._send(going, m.Go(seed=secrets.token_bytes(32)))
         else:
             self._send(going, self._gathered(going))
         going.step, going.answers = following[0], {}
@@ -285,7 +298,7 @@ class Tasks:
             assert isinstance(answer, m.Facts)
             holder[place] = blobs.setdefault(answer.blob, len(blobs))
         of: m.FactsOf = "prepare" if going.step is Step.PREPARE else "write"
-        return m.Gathered(update=going.update, of=of, blobs=list(blobs), holder=holder)
+        return m.Gathered(of=of, blobs=list(blobs), holder=holder)
 
     # -- ends --------------------------------------------------------------------------------------
 
@@ -296,7 +309,6 @@ class Tasks:
         servers = [member.server for member in going.members if member.server]
         partial = {name: why for done in dones for name, why in sorted(done.partial.items())}
         outcome = m.Outcome(
-            update=going.update,
             ok=ok,
             moved=moved,
             verdict=verdict,
@@ -339,6 +351,7 @@ class Tasks:
         going.deadline = min(going.deadline, now + GRACE_S)
 
     def _send(self, going: Going, message: m.Message) -> None:
+        message.stamp(going.header)
         self._outbox.extend((member.peer, message) for member in going.members)
 
 

@@ -140,7 +140,7 @@ class Turn:
 
     def _refuse(self, error: Exception) -> None:
         peer = self.session.link.peer
-        self.session.link.send(m.Refuse(peer=peer, update=self._offer.update, reason=explain(error)))
+        self.session.link.send(m.Refuse(peer=peer, reason=explain(error)))
 
     def _ready(self) -> None:
         """Ready with the offer's plan; without one that still holds, facts must be exchanged again."""
@@ -158,7 +158,6 @@ class Turn:
         self.session.link.send(
             m.Ready(
                 peer=self.session.link.peer,
-                update=self._offer.update,
                 plan=planned.plan.fingerprint if planned else "",
                 stale=planned is None,
             )
@@ -197,7 +196,7 @@ class Turn:
 
     def _send_facts(self, blob: bytes, memory: bytes) -> None:
         peer = self.session.link.peer
-        self.session.link.send(m.Facts(peer=peer, update=self._offer.update, blob=blob, memory=memory))
+        self.session.link.send(m.Facts(peer=peer, blob=blob, memory=memory))
 
     def look_ahead(self) -> None:
         """Trainer ranks, once the hub has been told and while its offer is on the way: look at its tensors."""
@@ -413,7 +412,6 @@ class Turn:
         self.session.link.send(
             m.Done(
                 peer=self.session.link.peer,
-                update=self._offer.update,
                 sent=sent,
                 live=live,
                 partial=partial,
@@ -463,7 +461,7 @@ class Turn:
         """Sums of the single tensors where folds differ."""
         sent, live = tensor_sums(self._evidence, detail.groups)
         peer = self.session.link.peer
-        self.session.link.send(m.Sums(peer=peer, update=self._offer.update, sent=sent, live=live))
+        self.session.link.send(m.Sums(peer=peer, sent=sent, live=live))
 
     @property
     def _held(self) -> Mapping[str, Sequence[Part]]:
@@ -478,7 +476,7 @@ class Turn:
             log.warning("clues: %s", explain(caught))
             clues = []
         peer = self.session.link.peer
-        self.session.link.send(m.Clues(peer=peer, update=self._offer.update, clues=clues))
+        self.session.link.send(m.Clues(peer=peer, clues=clues))
 
     def probe(self, probe: m.Probe) -> None:
         """Sums of boxes of them."""
@@ -488,7 +486,7 @@ class Turn:
         except Exception as caught:
             error = explain(caught)
         peer = self.session.link.peer
-        self.session.link.send(m.Probed(peer=peer, update=self._offer.update, sums=sums, error=error))
+        self.session.link.send(m.Probed(peer=peer, sums=sums, error=error))
 
     # -- the end -----------------------------------------------------------------------------------
 

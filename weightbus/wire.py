@@ -13,7 +13,7 @@ from weightbus import messages as m
 from weightbus.errors import ProtocolError
 
 # The first frame of every message. A peer of another protocol version is told both.
-HEADER = b"weightbus/1"
+HEADER = b"weightbus/2"
 
 ToHub = (
     m.Hello | m.Beat | m.Leave | m.Piece | m.Enter | m.Facts | m.Ready | m.Refuse | m.Done | m.Sums | m.Poll
@@ -50,8 +50,10 @@ def encode_to_hub(message: m.Message, peer: str) -> list[list[bytes]]:
     if len(payload) <= m.PIECE_BYTES:
         return [frames]
     cuts = range(0, len(payload), m.PIECE_BYTES)
+    job = message.job
     return [
-        encode(m.Piece(peer=peer, blob=payload[at : at + m.PIECE_BYTES], last=at == cuts[-1])) for at in cuts
+        encode(m.Piece(job=job, peer=peer, blob=payload[at : at + m.PIECE_BYTES], last=at == cuts[-1]))
+        for at in cuts
     ]
 
 

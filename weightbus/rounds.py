@@ -1,0 +1,76 @@
+"""What a rank hears: messages of its own rounds. Those of another job, incarnation, epoch or round go."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+
+from weightbus import messages as m
+from weightbus.wire import FromHub
+
+# Messages inside a round; whoever is not in it has nothing to do with them.
+INSIDE = (m.Gathered, m.Go, m.Detail, m.Suspects, m.Probe)
+
+# Rounds that have ended and are still known as such.
+MAX_ENDED = 64
+
+
+class Rounds:
+    """Which round this rank is in. For one thread at a time.
+
+    header: of the round, or, between rounds, of what was heard last, with no number. entered: this rank has
+    called, and waits for the offer. stale: how many messages were dropped.
+    """
+
+    def __init__(self, job: str) -> None:
+        self.header = m.Header(job)
+        self.entered = False
+        self.stale = 0
+        self._ended: deque[int] = deque(maxlen=MAX_ENDED)
+
+    def joined(self, header: m.Header) -> None:
+        """A hub has let this rank in. What an earlier hub has numbered says nothing of its rounds."""
+        self._ended.clear()
+        if not self.header.update:
+            self.header = header._replace(update=0)
+
+    @contextlib.contextmanager
+    def within(self, offer: m.Offer | m.TaskOffer) -> Iterator[None]:
+        """From the offer to the end: what is sent bears its header, and only what bears that is heard.
+
+        A task may come while this rank waits for the offer of its own call, and goes on waiting.
+        """
+        entered, self.entered = self.entered, False
+        self.header = offer.header
+        try:
+            yield
+        finally:
+            self._ended.append(offer.update)
+            self.header = self.header._replace(update=0)
+            self.entered = entered and isinstance(offer, m.TaskOffer)
+
+    def accepts(self, message: FromHub) -> bool:
+        """Whether to act upon ``message``; if not, it is counted."""
+        taken = self._accepts(message)
+        self.stale += not taken
+        return taken
+
+    def _accepts(self, message: FromHub) -> bool:
+        inside = self.header.update != 0
+        match message:
+            case m.Refused():
+                return True  # of what could not be read, whatever it was of
+            case _ if message.job != self.header.job:
+                return False
+            case m.Offer() if inside:
+                return message.header == self.header  # facts are exchanged again
+            case m.Offer() | m.TaskOffer():
+                return not inside and message.update not in self._ended
+            case m.Outcome() if not inside:
+                return self.entered and message.update not in self._ended
+            case m.Outcome():
+                return message.header == self.header
+            case _ if isinstance(message, INSIDE):
+                return inside and message.header == self.header
+        return True
