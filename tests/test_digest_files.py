@@ -91,7 +91,7 @@ def test_a_file_cut_while_it_is_read(folder: Path) -> None:
     with pytest.raises(SpecError, match=rf"model-1.safetensors: {last.spec.name}: expected data .*; truncated"):
         digest_files.digest_files(found)
     last.path.unlink()
-    with pytest.raises(SpecError, match=r"model-1.safetensors: .*: expected a readable file"):
+    with pytest.raises(SpecError, match=r"model-1.safetensors: expected a readable file"):
         digest_files.digest_files(found)
 
 

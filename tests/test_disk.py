@@ -62,7 +62,7 @@ def test_every_dtype_name_is_one_of_ours() -> None:
         ({"w": entry(1, 4)}, b"1234", "w: expected data from byte"),
         ({"w": entry(0, 4, "F32", (2,))}, b"1234", r"w: expected 8 bytes for F32 \[2\], got data \[0, 4\)"),
         ({"w": entry(0, 1, "F4")}, b"1", "w: expected a dtype among .* got 'F4'"),
-        ({"w": entry(0, 4, "U8", (-2, -2))}, b"1234", r"w: expected 4 bytes for U8 \[-2, -2\]"),
+        ({"w": entry(0, 4, "U8", (-2, -2))}, b"1234", r"w: expected sizes from 0, .* got \[-2, -2\]"),
         ({"w": {"dtype": "U8", "shape": [1]}}, b"1", "w: bad entry in the header: .*data_offsets"),
         ({"w": {**entry(0, 1), "shape": "1"}}, b"1", "w: bad entry in the header: .*shape"),
         ({"w": 7}, b"", "w: bad entry in the header"),

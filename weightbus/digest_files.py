@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from weightbus.digest import STABLE_SEED, Digest, Digester, P
 from weightbus.digest_list import Saved, differences, load_saved, saved_of
 from weightbus.disk import Stored, byte_shape, stored_tensors
 from weightbus.errors import SpecError
+from weightbus.opened import Files, OpenFile
 from weightbus.part import Part
 from weightbus.progress import Bar
 from weightbus.spec import Spec
@@ -43,23 +45,31 @@ class _Piece:
 
 def digest_files(
     tensors: Mapping[str, Stored],
+    files: Files | None = None,
     *,
     seed: bytes = STABLE_SEED,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Digest]:
     """Digest of each tensor, by name. Reads and digests at the same time, with BUFFERS * BATCH_BYTES of memory.
 
-    progress: called with the bytes done and in all. Raises SpecError where a file has become shorter.
+    files: where they are open already. progress: called with the bytes done and in all. Raises SpecError where
+    a file has become shorter, or has changed meanwhile.
     """
+    if files is None:
+        with Files() as files:
+            return digest_files(tensors, files, seed=seed, progress=progress)
     sums = {name: (0, 0) for name in tensors}
     done, total = 0, sum(tensor.spec.nbytes for tensor in tensors.values())
-    for batch, buffer in _read_ahead(_batches(tensors.values())):
+    opened = {tensor.path: files.file(tensor.path) for tensor in tensors.values()}
+    for batch, buffer in _read_ahead(_batches(tensors.values()), opened):
         parts = [_part(piece, buffer[piece.begin - batch[0].begin :]) for piece in batch]
         for piece, (lane0, lane1) in zip(batch, Digester(parts).sums(seed).tolist(), strict=True):
             name = piece.tensor.spec.name
             sums[name] = (sums[name][0] + lane0) % P, (sums[name][1] + lane1) % P
         done += batch[-1].end - batch[0].begin
         progress(done, total)
+    for file in opened.values():
+        file.check_unchanged()
     return {
         name: Digest(
             sums=sums[name],
@@ -88,7 +98,9 @@ def _batches(tensors: Iterable[Stored]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _read_ahead(batches: Iterable[list[_Piece]]) -> Iterator[tuple[list[_Piece], Tensor]]:
+def _read_ahead(
+    batches: Iterable[list[_Piece]], opened: Mapping[Path, OpenFile]
+) -> Iterator[tuple[list[_Piece], Tensor]]:
     """Each batch with a buffer of its bytes, which is good until the next batch is asked for."""
     buffers = cycle([torch.empty(BATCH_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)])
     waiting: deque[tuple[list[_Piece], Tensor, Future[None]]] = deque()
@@ -101,31 +113,29 @@ def _read_ahead(batches: Iterable[list[_Piece]]) -> Iterator[tuple[list[_Piece],
     with ThreadPoolExecutor(BUFFERS - 1, "weightbus-read") as pool:
         for batch in batches:
             buffer = next(buffers)
-            waiting.append((batch, buffer, pool.submit(_read, batch, buffer)))
+            waiting.append((batch, buffer, pool.submit(_read, opened[batch[0].tensor.path], batch, buffer)))
             if len(waiting) == BUFFERS:
                 yield take()
         while waiting:
             yield take()
 
 
-def _read(batch: list[_Piece], buffer: Tensor) -> None:
-    begin, end, path = batch[0].begin, batch[-1].end, batch[0].tensor.path
-    into = buffer.numpy().data[: end - begin]
+def _read(file: OpenFile, batch: list[_Piece], buffer: Tensor) -> None:
+    at, end = batch[0].begin, batch[-1].end
+    into = buffer.numpy().data[: end - at]
     try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            while into:
-                count = file.readinto(into)
-                if not count:
-                    at = end - len(into)
-                    name = next(piece.tensor.spec.name for piece in batch if piece.end > at)
-                    raise SpecError(
-                        f"{path}: {name}: expected data up to byte {end}, got a file of {at}; truncated"
-                    )
-                into = into[count:]
+        while into:
+            count = os.preadv(file.descriptor, [into], at)
+            if not count:
+                name = next(piece.tensor.spec.name for piece in batch if piece.end > at)
+                raise SpecError(
+                    f"{file.path}: {name}: expected data up to byte {end}, got a file of {at}; truncated"
+                )
+            into, at = into[count:], at + count
     except OSError as error:
         name = batch[0].tensor.spec.name
-        raise SpecError(f"{path}: {name}: expected a readable file, got {error.strerror or error}") from error
+        text = f"{file.path}: {name}: expected a readable file, got {error.strerror or error}"
+        raise SpecError(text) from error
 
 
 def _part(piece: _Piece, memory: Tensor) -> Part:
@@ -152,12 +162,13 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         expected = load_saved(options.check) if options.check else None
-        tensors = stored_tensors(options.model)
-        begun, bar = time.monotonic(), Bar(f"digesting {options.model.resolve().name}")
-        try:
-            got = saved_of(digest_files(tensors, progress=bar))
-        finally:
-            bar.close()
+        with Files() as files:
+            tensors = stored_tensors(options.model, files)
+            begun, bar = time.monotonic(), Bar(f"digesting {options.model.resolve().name}")
+            try:
+                got = saved_of(digest_files(tensors, files, progress=bar))
+            finally:
+                bar.close()
         seconds = time.monotonic() - begun
         if options.save:
             options.save.write_text(_json(msgspec.to_builtins(got)))

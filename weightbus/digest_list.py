@@ -7,13 +7,19 @@ from pathlib import Path
 
 import msgspec
 
+from weightbus.bounded_json import decode
 from weightbus.box import Box
 from weightbus.digest import STABLE_SEED, Digest, model_digest_of
+from weightbus.disk import stored_spec
 from weightbus.errors import SpecError
 from weightbus.messages import Residue
+from weightbus.opened import Files, OpenFile, short
 from weightbus.spec import Spec
 
 FORMAT = "weightbus digest 1"
+
+MAX_LIST_BYTES = 64 << 20
+MAX_LIST_VALUES = 2 << 20  # six for each tensor
 
 NAME = "weightbus-digests.json"
 """Of the list in a directory of safetensors files, which a load compares with what it reads."""
@@ -47,16 +53,23 @@ def saved_of(digests: Mapping[str, Digest], version: int | None = None) -> Saved
 
 def load_saved(path: Path) -> Saved:
     """A list that ``--save`` or a publisher wrote. Raises SpecError for anything else."""
+    with Files() as files:
+        return saved_in(files.file(path))
+
+
+def saved_in(file: OpenFile) -> Saved:
+    """As ``load_saved``, of a file that is open."""
+    text = file.read(MAX_LIST_BYTES)
     try:
-        saved = msgspec.json.decode(path.read_bytes(), type=Saved)
-    except OSError as error:
-        raise SpecError(f"{path}: expected a readable file, got {error.strerror or error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        saved: Saved = decode(file.path, text, Saved, limit=MAX_LIST_VALUES)
+    except SpecError as error:
         raise SpecError(
-            f"{path}: expected a list that `weightbus digest --save` wrote, got: {error}"
+            f"{file.path}: expected a list that `weightbus digest --save` wrote; {error}"
         ) from error
     if saved.format != FORMAT:
-        raise SpecError(f"{path}: expected format {FORMAT!r}, got {saved.format!r}")
+        raise SpecError(f"{file.path}: expected format {FORMAT!r}, got {short(repr(saved.format))}")
+    for name, tensor in saved.tensors.items():
+        stored_spec(file.path, name, tensor.dtype, tensor.shape)
     return saved
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from weightbus.box import Box
 from weightbus.errors import SpecError
-from weightbus.spec import ITEMSIZE, Spec
+from weightbus.spec import ITEMSIZE, MAX_AXES, Spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ Facts = Mapping[str, Holding]
 class _Row(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], Meta(max_length=MAX_AXES)]
     boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     in_place: bool
     why_arrived: str

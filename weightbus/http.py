@@ -34,10 +34,10 @@ from starlette.types import Message
 from weightbus import __version__
 from weightbus import messages as m
 from weightbus.client import Client
-from weightbus.disk import check_inside
 from weightbus.errors import HubError, SpecError, WeightbusError
 from weightbus.identity import address_of, job_of
 from weightbus.keys import Keys, load_keys
+from weightbus.opened import Files
 from weightbus.payload import refuse_pickle
 from weightbus.start import listens
 
@@ -233,7 +233,7 @@ def router(
     keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
     hub, job_name = address_of(address), job_of(job)
     keys.check(hub)
-    allowed = [str(Path(root).resolve()) for root in roots]
+    allowed = [os.path.abspath(root) for root in roots]
     for root in allowed:
         if not Path(root).is_dir():
             raise SpecError(f"{root}: expected a directory to load models from, got none")
@@ -278,7 +278,8 @@ def router(
         """Load safetensors files into the live weights, all target modules or none."""
         if not allowed:
             raise _Refusal("model_path: this server was given no roots to load from (--root)")
-        check_inside(Path(body.model_path), allowed)
+        with Files(allowed) as files:
+            files.find(Path(body.model_path))  # ranks look again, when they open it
         task = m.LoadTask(
             replica=replica,
             path=os.path.abspath(body.model_path),

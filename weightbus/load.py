@@ -15,10 +15,11 @@ from weightbus.box import Box
 from weightbus.bucket import torch_dtype
 from weightbus.digest import STABLE_SEED, Digest, Digester, P, combine
 from weightbus.digest_list import NAME as DIGEST_LIST
-from weightbus.digest_list import PartSums, Saved, digests_of, load_saved
-from weightbus.disk import Stored, check_inside, stored_modules
+from weightbus.digest_list import PartSums, Saved, digests_of, saved_in
+from weightbus.disk import Stored, stored_modules
 from weightbus.ends import Destination
 from weightbus.errors import CoverageError, DigestError, SpecError
+from weightbus.opened import Files
 from weightbus.part import Part
 from weightbus.payload import stored_payloads, tensors_of_payload
 from weightbus.reading import OnDevice, Read, Reader, Sources, pieces_of
@@ -52,6 +53,7 @@ class Load:
         self.wrote = False
         self.nbytes = 0
         self._done = self._total = 0
+        self._files = Files(task.roots)
         self._lists: dict[str, Saved] = {}
         self._sources: Sources | None = None
         self._mapped = contextlib.ExitStack()
@@ -106,7 +108,7 @@ class Load:
         self.partial = dict(opaque)
         self._pieces = pieces_of(self._reads)
         self.nbytes = sum(piece.nbytes for piece in self._pieces)
-        self._sources = Sources([read.stored for read in self._reads], memory)
+        self._sources = Sources([read.stored for read in self._reads], memory, self._files)
         listed = tuple(self._lists) if task.verify else ()
         digested = [piece for piece in self._pieces if piece.stored.spec.name.startswith(listed)]
         self._total = self.nbytes + (self.nbytes if task.atomic else sum(piece.nbytes for piece in digested))
@@ -115,7 +117,7 @@ class Load:
             self._sums = self._reader.digest(digested, self._moved, keep=task.atomic)
         if task.atomic and task.path:
             self._reader.keep([piece for piece in self._pieces if piece.kept is None], self._moved)
-            self._sources.check_unchanged()
+            self._sources.check_unchanged(touched=len(digested) == len(self._pieces))  # by the list
         return msgspec.msgpack.encode(
             _Prepared(
                 untaken=[name for name in manifest if name not in target.specs], digested=self._digested()
@@ -138,16 +140,11 @@ class Load:
             self.modules = list(self._destination.layout.select(self.task.modules).modules)
         elif self.task.modules is not None:
             self._destination.layout.select(self.task.modules)  # raises
-        check_inside(path, self.task.roots)
-        folders = {f"{name}.": path / name for name in self.modules or ()} or {"": path}
-        found = stored_modules(path, self.modules)
-        for file in {tensor.path for tensor in found.values()}:
-            check_inside(file, self.task.roots)
+        found, folders = stored_modules(path, self.modules, self._files)
         for prefix, folder in folders.items():
-            if (folder / DIGEST_LIST).exists():
-                check_inside(folder / DIGEST_LIST, self.task.roots)
-                self._lists[prefix] = load_saved(folder / DIGEST_LIST)
-                self._fits(prefix, folder / DIGEST_LIST, found)
+            if folder.has(DIGEST_LIST):
+                self._lists[prefix] = saved_in(folder.file(DIGEST_LIST))
+                self._fits(prefix, folder.path / DIGEST_LIST, found)
         versions = {saved.version for saved in self._lists.values()}
         if self.version is None and len(self._lists) == len(folders) and len(versions) == 1:
             (self.version,) = versions
@@ -225,15 +222,28 @@ class Load:
             hook.run(whole)
         for _, _, region, fill in self._target.fills():
             region.fill_(fill.value)
-        if not self.task.atomic:
-            self._sources.check_unchanged()
         if self._sums:
-            self._prove()
+            self._prove(self._sums)
+        if not self.task.atomic:
+            self._check_unchanged()
 
-    def _prove(self) -> None:
-        """Digest what is live now, where it has the stored dtype, and compare with what was checked."""
+    def _check_unchanged(self) -> None:
+        """Raise unless the files are as they were. Where only their status has changed, as when another save
+        took the name, that is proved: by the list, else by reading again."""
+        assert self._sources is not None, "prepared first"
+        touched = self._sources.touched()
+        plain = all(
+            read.view is not None and read.view.dtype == torch_dtype(read.stored.spec.dtype)
+            for read in self._reads
+        )
+        self._sources.check_unchanged(touched=plain or self.word == "verified")
+        if touched and self.word != "verified":
+            self._prove(self._reader.digest(self._pieces, lambda nbytes: None, keep=False))
+
+    def _prove(self, expected: Mapping[int, tuple[int, int]]) -> None:
+        """Digest what is live now, where it has the stored dtype, and compare with what was read."""
         rows: list[tuple[int, Part]] = []
-        for number in self._sums:
+        for number in expected:
             read = self._reads[number]
             if read.view is None:
                 continue
@@ -243,7 +253,7 @@ class Load:
             rows.append((number, Part(spec=read.stored.spec, box=read.box, tensor=read.view)))
         sums = Digester([part for _, part in rows]).sums(STABLE_SEED).tolist()
         for (number, part), (a, b) in zip(rows, sums, strict=True):
-            if (a, b) != self._sums[number]:
+            if (a, b) != expected[number]:
                 raise DigestError(f"{part.spec.name}: expected {part.box} live as it was read, got other bytes")
 
     def finish(self, gathered: m.Gathered) -> None:
@@ -259,6 +269,7 @@ class Load:
     def close(self) -> None:
         if self._sources is not None:
             self._sources.close()
+        self._files.close()
         self._mapped.close()
 
     def _moved(self, nbytes: int) -> None:

@@ -15,9 +15,11 @@ from typing import TypeVar
 import msgspec
 
 from weightbus import messages as m
-from weightbus.disk import DTYPES, Stored, header_of, with_prefix
+from weightbus.bounded_json import check_values
+from weightbus.disk import DTYPES, Stored, header_of, stored_spec, with_prefix
 from weightbus.errors import SpecError
-from weightbus.spec import ITEMSIZE, Spec
+from weightbus.opened import short
+from weightbus.spec import ITEMSIZE
 
 FLAT_NAME = "flattened_tensor"
 FLAT_METADATA = "flattened_metadata"
@@ -65,9 +67,11 @@ def _flattened(where: Path, found: Mapping[str, Stored], metadata: Mapping[str, 
         )
     flat = found[FLAT_NAME]
     try:
-        entries = msgspec.json.decode(metadata[FLAT_METADATA].encode(), type=list[_FlatEntry])
+        text = metadata[FLAT_METADATA].encode()
+        check_values(f"{where}: {FLAT_METADATA}", text)
+        entries = msgspec.json.decode(text, type=list[_FlatEntry])
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
-        raise SpecError(f"{where}: {FLAT_METADATA}: {error}") from error
+        raise SpecError(f"{where}: {FLAT_METADATA}: {short(error)}") from error
     if len(flat.spec.shape) != 1:
         raise SpecError(f"{where}: {FLAT_NAME}: expected one axis, got shape {list(flat.spec.shape)}")
     unit = ITEMSIZE[flat.spec.dtype]
@@ -75,14 +79,11 @@ def _flattened(where: Path, found: Mapping[str, Stored], metadata: Mapping[str, 
     at = 0
     for entry in sorted(entries, key=lambda entry: (entry.start_idx, entry.end_idx)):
         dtype = DTYPES.get(entry.dtype, entry.dtype.removeprefix("torch."))
-        if dtype not in DTYPES.values():
-            known = ", ".join(DTYPES.values())
-            raise SpecError(f"{where}: {entry.name}: expected a dtype among {known}, got {entry.dtype!r}")
+        spec = stored_spec(where, entry.name, dtype, entry.shape)
         if entry.name in tensors:
             raise SpecError(f"{where}: {entry.name}: expected each name once, got it twice in {FLAT_METADATA}")
-        spec = Spec(name=entry.name, dtype=dtype, shape=tuple(entry.shape))
         begin, end = entry.start_idx * unit, entry.end_idx * unit
-        if min(entry.shape, default=0) < 0 or end - begin != spec.nbytes:
+        if end - begin != spec.nbytes:
             raise SpecError(
                 f"{where}: {entry.name}: expected {spec.nbytes} bytes for {dtype} {entry.shape}, got elements "
                 f"[{entry.start_idx}, {entry.end_idx}) of {unit} bytes"

@@ -24,8 +24,9 @@ from torch import Tensor
 from weightbus.box import Box
 from weightbus.bucket import torch_dtype
 from weightbus.digest import STABLE_SEED, Digester, P
-from weightbus.disk import Stored, byte_shape, unreadable
+from weightbus.disk import Stored, byte_shape
 from weightbus.errors import SpecError
+from weightbus.opened import Files, OpenFile, unreadable
 from weightbus.part import Part
 from weightbus.runs import row_major
 from weightbus.spec import ITEMSIZE
@@ -141,31 +142,33 @@ class Sources:
     """The files and payloads behind stored tensors, held open from the look at them to the end of the load, so
     that a directory that is replaced meanwhile does not mix with what replaces it."""
 
-    def __init__(self, stored: Iterable[Stored], memory: Mapping[Path, memoryview | OnDevice]) -> None:
-        """memory: of what is no file, by the path that stands for it. Raises SpecError for a file that can't be
-        opened, or is shorter than its tensors."""
+    def __init__(
+        self,
+        stored: Iterable[Stored],
+        memory: Mapping[Path, memoryview | OnDevice],
+        files: Files | None = None,
+    ) -> None:
+        """memory: of what is no file, by the path that stands for it. files: where they are open already, as
+        their headers were read there; they stay open. Raises SpecError for a file that can't be opened, or is
+        shorter than its tensors."""
         self._memory = memory
-        self._files: dict[Path, int] = {}
-        self._looks: dict[Path, os.stat_result] = {}
+        self._own = Files()
+        self._files: dict[Path, OpenFile] = {}
+        self._descriptors: dict[Path, int] = {}
         try:
             for tensor in stored:
-                if tensor.path not in self._files and tensor.path not in memory:
-                    self._open(tensor.path)
-                if (look := self._looks.get(tensor.path)) is not None and look.st_size < tensor.end:
+                path = tensor.path
+                if path not in self._files and path not in memory:
+                    self._files[path] = file = (files or self._own).file(path)
+                    self._descriptors[path] = file.descriptor
+                if path in self._files and self._files[path].nbytes < tensor.end:
                     raise SpecError(
-                        f"{tensor.path}: {tensor.spec.name}: expected data up to byte {tensor.end}, "
-                        f"got a file of {look.st_size}; truncated"
+                        f"{path}: {tensor.spec.name}: expected data up to byte {tensor.end}, "
+                        f"got a file of {self._files[path].nbytes}; truncated"
                     )
         except BaseException:
             self.close()
             raise
-
-    def _open(self, path: Path) -> None:
-        try:
-            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._looks[path] = os.fstat(self._files[path])
-        except OSError as error:
-            raise unreadable(path, error) from error
 
     def fill(self, piece: Piece, into: memoryview) -> None:
         """Read a piece, row-major, into memory of its size. Raises SpecError if its file ends before."""
@@ -175,7 +178,7 @@ class Sources:
             for begin, run in piece.in_runs(into):
                 run[:] = payload[begin : begin + len(run)]
             return
-        file = self._files[tensor.path]
+        file = self._descriptors[tensor.path]
         try:
             if piece.runs > 1:
                 # Of a column shard: the kernel's own read-ahead does not see that they follow each other.
@@ -194,19 +197,19 @@ class Sources:
         memory = self._memory.get(piece.stored.path)
         return None if isinstance(memory, memoryview) else memory
 
-    def check_unchanged(self) -> None:
-        """Raises SpecError for a file that has been written to since it was opened."""
-        for path, look in self._looks.items():
-            now = os.fstat(self._files[path])
-            if (now.st_size, now.st_mtime_ns) != (look.st_size, look.st_mtime_ns):
-                raise SpecError(
-                    f"{path}: expected a file that stays as it is while it is loaded, but it changed"
-                )
+    def check_unchanged(self, *, touched: bool = False) -> None:
+        """Raise SpecError for a file that was written to since it was opened. touched: as of ``OpenFile``."""
+        for file in self._files.values():
+            file.check_unchanged(touched=touched)
+
+    def touched(self) -> bool:
+        """Whether a file may have been written to, though its size and time are the same."""
+        return any(file.touched() for file in self._files.values())
 
     def close(self) -> None:
-        for file in self._files.values():
-            os.close(file)
+        self._own.close()
         self._files.clear()
+        self._descriptors.clear()
         self._memory = {}
 
 

@@ -14,10 +14,11 @@ import msgspec
 
 from weightbus import messages as m
 from weightbus.box import Box
+from weightbus.checkpoint import INDEX_SUFFIX
 from weightbus.digest import combine
 from weightbus.digest_list import NAME as DIGEST_LIST
 from weightbus.digest_list import PartSums, digests_of, saved_of
-from weightbus.disk import DTYPES, INDEX_SUFFIX, Stored
+from weightbus.disk import DTYPES, Stored
 from weightbus.errors import SpecError
 from weightbus.facts import Facts, Holding, decode_facts, encode_facts
 from weightbus.layout import Layout

@@ -16,6 +16,8 @@ ITEMSIZE = {
     "complex32": 4, "complex64": 8, "complex128": 16,
 }  # fmt: skip
 
+MAX_AXES = 64  # as torch; what others say is bounded by it before sizes are multiplied
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
