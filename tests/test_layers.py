@@ -102,6 +102,7 @@ LAYERS = {
         "save",
         "probe",
         "task_turn",
+        "torch_start",
         "session",
         "publisher",
         "subscriber",
