@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from weightbus.derived import Derived
 from weightbus.ends import State
 from weightbus.errors import SpecError, WeightbusError
 from weightbus.install import NameMap
@@ -77,6 +78,8 @@ def colocate(
     job: str | None = None,
     name_map: NameMap | None = None,
     local: Sequence[str] = (),
+    derived: Derived = (),
+    require_proof: bool = False,
     on_update: Callable[[int | None], None] | None = None,
     on_commit: Callable[[int | None], None] | None = None,
     on_torn: Callable[[WeightbusError], None] | None = None,
@@ -89,7 +92,7 @@ def colocate(
     ranks. Collective over the ranks: rank, size default as a Publisher's. In a job of one process the two may
     also lie on different devices, and no hub is started; otherwise one is, on this host, until all ranks have
     closed, at ``address`` or at a free port that the ranks tell each other through the default group.
-    name_map, local and the callbacks are a Subscriber's; options are a Publisher's.
+    name_map, local, derived, require_proof and the callbacks are a Subscriber's; options are a Publisher's.
     Raises SpecError for a source or target that can't be moved, and for ranks with neither group nor address.
     """
     if not isinstance(source, nn.Module | Mapping):
@@ -110,6 +113,8 @@ def colocate(
             replica_size=size,
             name_map=name_map,
             local=local,
+            derived=derived,
+            require_proof=require_proof,
             on_update=on_update,
             on_commit=on_commit,
             on_torn=on_torn,

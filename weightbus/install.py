@@ -7,7 +7,7 @@ A *name map* says what a wire name means on this rank: a parameter's name (or, f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
@@ -195,7 +195,7 @@ class Target:
             )
 
     def _declaration(self, name: str) -> str | None:
-        return next((word for word, patterns in self._declared.items() if _matches(name, patterns)), None)
+        return next((word for word, patterns in self._declared.items() if matches(name, patterns)), None)
 
     def arrived(self) -> dict[str, str]:
         """Tensors of which only the arrival can be digested, each with the reason."""
@@ -284,8 +284,9 @@ class Target:
         ]
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns is the name itself, such as ``cache[1]``, or fits it as in a shell."""
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _meet(one: Effect | None, other: Effect | None) -> bool:

@@ -278,7 +278,7 @@ class Inquiry:
                         rank=str(self._members[peer]),
                         tensor=wrong.name,
                         reason=wrong.reason,
-                        kind="fill",
+                        kind=wrong.kind,
                         where=f"wrong within {_box(wrong.box)}",
                         box=wrong.box,
                     )

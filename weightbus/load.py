@@ -19,6 +19,7 @@ from weightbus.digest_list import PartSums, Saved, digests_of, saved_in
 from weightbus.disk import Stored, stored_modules
 from weightbus.ends import Destination
 from weightbus.errors import CoverageError, DigestError, SpecError
+from weightbus.install import Target
 from weightbus.opened import Files
 from weightbus.part import Part
 from weightbus.payload import stored_payloads, tensors_of_payload
@@ -93,6 +94,7 @@ class Load:
         self._manifest = manifest
         specs = {name: tensor.spec for name, tensor in manifest.items()}
         self._target = target = destination.target(specs, self.modules, partial=task.partial)
+        self._account(target)
         opaque = target.arrived()
         self._reads = [
             Read(stored=manifest[wire], box=box, view=view)
@@ -105,7 +107,6 @@ class Load:
         self._reads += [
             Read(stored=manifest[wire], box=Box.whole(manifest[wire].spec.shape), view=None) for wire in opaque
         ]
-        self.partial = dict(opaque)
         self._pieces = pieces_of(self._reads)
         self.nbytes = sum(piece.nbytes for piece in self._pieces)
         self._sources = Sources([read.stored for read in self._reads], memory, self._files)
@@ -123,6 +124,16 @@ class Load:
                 untaken=[name for name in manifest if name not in target.specs], digested=self._digested()
             )
         )
+
+    def _account(self, target: Target) -> None:
+        """What of the model this load would not prove. Raises SpecError where proof is required."""
+        self._destination.survey(target)
+        self.partial = self._destination.unproved(target)
+        if self._destination.require_proof and (word := self.word) != "verified":
+            raise SpecError(
+                f"{self.what}: expected a digest list of every module, as require_proof says, "
+                f"got a load that would be {word}"
+            )
 
     def _open_payload(
         self, where: Path, payload: bytes
@@ -222,6 +233,8 @@ class Load:
             hook.run(whole)
         for _, _, region, fill in self._target.fills():
             region.fill_(fill.value)
+        for spoilt in self._destination.derive(self._target, prove=self.task.verify):
+            raise DigestError(f"{spoilt.name}: {spoilt.reason}")
         if self._sums:
             self._prove(self._sums)
         if not self.task.atomic:

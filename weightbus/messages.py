@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -42,7 +43,18 @@ State = Literal["", "empty", "ready", "updating", "torn"]
 
 # What a wrong tensor turned out to be (docs/checks.md); empty where nothing is known of it.
 Damage = Literal[
-    "", "zeros", "stale", "swapped", "other shard", "element", "block", "scattered", "fill", "replicas differ"
+    "",
+    "zeros",
+    "stale",
+    "swapped",
+    "other shard",
+    "element",
+    "block",
+    "scattered",
+    "fill",
+    "constant",
+    "derived",
+    "replicas differ",
 ]
 
 # How many wrong tensors are looked into in one update or check, how many of them are narrowed down, and
@@ -54,6 +66,21 @@ MAX_BOXES = 256
 # With the boxes of how many other groups a server rank compares its bytes.
 MAX_GROUPS = 16
 Elsewhere = Annotated[dict[Count, Pair], Meta(max_length=MAX_GROUPS)]
+
+
+# How many names that are not proved travel, with their reasons; of the others, how many there are.
+MAX_PARTIAL = 256
+MORE = "more names"
+Partial = Annotated[dict[Name, Annotated[str, Meta(max_length=1024)]], Meta(max_length=MAX_PARTIAL + 1)]
+
+
+def cut(partial: Mapping[str, str]) -> dict[str, str]:
+    """What travels of names that are not proved. Never empty unless ``partial`` is; the same once cut."""
+    if len(partial) <= MAX_PARTIAL:
+        return {name[:1024]: why[:1024] for name, why in partial.items()}
+    kept = [name for name in partial if name != MORE][:MAX_PARTIAL]
+    more = len(partial) - len(kept) + (0 if MORE not in partial else int(partial[MORE].split()[0]) - 1)
+    return cut({name: partial[name] for name in kept}) | {MORE: f"{more} more are not proved either"}
 
 
 # Of a job; empty for one that nobody has named. It is shown to people, so nothing else is in it.
@@ -331,11 +358,13 @@ class Span(Record):
 
 
 class Wrong(Record):
-    """A parameter that a server rank itself finds wrong: where loading code fills it with a constant."""
+    """A tensor that a server rank itself finds wrong. kind: one that loading code fills with a constant, one
+    that never changes, or one that the engine computes from others."""
 
     name: Name
     reason: Reason
     box: Span
+    kind: Literal["fill", "constant", "derived"] = "fill"
 
 
 class TensorSums(Record):
@@ -347,7 +376,7 @@ class TensorSums(Record):
 class Done(Message, tag="done"):
     """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``.
 
-    partial: tensors that are not proved live, and why. wrong: what the rank itself finds
+    partial: names that are not proved, and why (``cut``). wrong: what the rank itself finds
     wrong. nbytes: of the plan. starts, stages: seconds from the offer to the start of each stage on this
     rank, and of work in it. Of a check also: hidden, sums of this rank's parameters of which no wire tensor's
     digest tells all, to be compared between replicas; exempt, names that are declared not to be fed in full,
@@ -358,7 +387,7 @@ class Done(Message, tag="done"):
     nbytes: Count = 0
     sent: list[Fold] = []
     live: list[Fold] = []
-    partial: dict[Name, Reason] = {}
+    partial: Partial = {}
     wrong: list[Wrong] = []
     hidden: list[TensorSums] = []
     exempt: dict[Name, Reason] = {}
@@ -502,7 +531,7 @@ class Outcome(Message, tag="outcome"):
     moved: bool
     verdict: Word
     failures: list[Failure] = []
-    partial: dict[Name, Reason] = {}
+    partial: Partial = {}
     exempt: dict[Name, Reason] = {}
     seconds: Seconds = 0.0
     digest_s: Seconds = 0.0
@@ -609,7 +638,7 @@ class TaskEnd(Message, tag="task_end"):
     verdict: Word
     moved: bool = False
     failures: list[Failure] = []
-    partial: dict[Name, Reason] = {}
+    partial: Partial = {}
     version: Count | None = None
     seconds: Seconds = 0.0
     ranks: Count = 0

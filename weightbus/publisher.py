@@ -25,9 +25,7 @@ from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Saved, Verdict
 from weightbus.save import Save
-from weightbus.saved_names import modules_of
 from weightbus.session import Session
-from weightbus.torch_start import start_token
 from weightbus.turn import Progress, SourceCopy
 
 log = logging.getLogger("weightbus")
@@ -126,7 +124,6 @@ class Publisher:
                 device=device.type,
                 timeout_s=connect_timeout_s,
                 start_hub_dead_after_s=dead_after_s if self.rank == 0 else None,
-                start=start_token(),
             )
         except BaseException:
             self._session.close("trainer")
@@ -212,8 +209,6 @@ class Publisher:
         report = Report(
             word=outcome.verdict,
             version=version,
-            job=outcome.job,
-            incarnation=outcome.incarnation,
             epoch=outcome.epoch,
             tensors=progress.tensors,
             nbytes=progress.nbytes,
@@ -337,8 +332,7 @@ class Publisher:
             self._session.forget_plans()
 
         def work(offer: m.TaskOffer, task: m.SaveTask, place: int, look: Callable[[], None]) -> Save:
-            modules = modules_of(self._origin.source)
-            return Save(task, place, self._origin.layout, look=look, progress=report, modules=modules)
+            return Save(task, place, self._origin.layout, look=look, progress=report)
 
         try:
             outcome, turn = self._session.call_task(

@@ -80,8 +80,6 @@ class Report:
 
     word: str
     version: int
-    job: str
-    incarnation: int
     epoch: int
     tensors: int
     nbytes: int

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from weightbus import messages as m
+from weightbus.derived import Derived
 from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
 from weightbus.install import NameMap
@@ -48,7 +49,10 @@ class Subscriber:
         A ``weight_loader`` is called once more than there are updates: on tensors without data, on the
         meta device, to learn which elements it writes (docs/checks.md).
     local: patterns of this model's names that no update feeds, or, behind hooks, feeds in part.
-    derived: patterns of names that the engine computes from others, as in ``on_commit``.
+    derived: patterns of names that the engine computes from others, as in ``on_commit``; or
+        ``{pattern: function}``: the function takes the module that holds the tensor and returns a new one. It
+        is copied into place after each update and proved by a second call (docs/checks.md).
+    require_proof: an update or load of which something would not be proved is refused, before a byte moves.
     trust_traces: a ``weight_loader`` that could be traced is not called: its writes are made directly, with
         no staging memory. Not for hooks that do more than write.
     on_update: called with the version before any byte is written (pause). Then exactly one of
@@ -76,8 +80,9 @@ class Subscriber:
         replica_size: int | None = None,
         name_map: NameMap | None = None,
         local: Sequence[str] = (),
-        derived: Sequence[str] = (),
+        derived: Derived = (),
         trust_traces: bool = False,
+        require_proof: bool = False,
         on_update: Callable[[int | None], None] | None = None,
         on_commit: Callable[[int | None], None] | None = None,
         on_torn: Callable[[WeightbusError], None] | None = None,
@@ -97,6 +102,7 @@ class Subscriber:
             local=local,
             derived=derived,
             trust_traces=trust_traces,
+            require_proof=require_proof,
             on_update=on_update,
             on_commit=on_commit,
             on_torn=on_torn,

@@ -154,7 +154,11 @@ class TaskTurn:
     def _done(self, error: str = "") -> None:
         done = m.Done(peer=self.session.link.peer, error=error)
         if isinstance(self.work, Load):
-            done.partial, done.version, done.verdict = self.work.partial, self.work.version, self.work.word
+            done.partial, done.version, done.verdict = (
+                m.cut(self.work.partial),
+                self.work.version,
+                self.work.word,
+            )
         self.session.link.send(done)
 
     def _ended(self, outcome: m.Outcome) -> None:

@@ -307,7 +307,7 @@ class Tasks:
         moved = going.step in (Step.WRITE, Step.RUN) and not isinstance(going.task, m.ProbeTask)
         dones = [answer for answer in going.answers.values() if isinstance(answer, m.Done)]
         servers = [member.server for member in going.members if member.server]
-        partial = {name: why for done in dones for name, why in sorted(done.partial.items())}
+        partial = m.cut({name: why for done in dones for name, why in sorted(done.partial.items())})
         outcome = m.Outcome(
             ok=ok,
             moved=moved,

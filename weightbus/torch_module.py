@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightbus.errors import SpecError
 from weightbus.torch_addresses import Addresses
@@ -48,6 +50,16 @@ def tensors_of(prefix: str, module: nn.Module, *, persistent_only: bool) -> Iter
     for key, buffer in module._buffers.items():
         if buffer is not None and not (persistent_only and key in module._non_persistent_buffers_set):
             yield prefix + key, buffer
+
+
+def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
+    """What a wrapper, such as a quantised tensor, or a sparse one is made of; nothing of a plain tensor."""
+    if is_traceable_wrapper_subclass(tensor):
+        held = {key: getattr(tensor, key) for key in tensor.__tensor_flatten__()[0]}
+        return {key: one for key, one in held.items() if isinstance(one, Tensor)}
+    if tensor.layout is torch.sparse_coo:
+        return {"indices": tensor._indices(), "values": tensor._values()}
+    return {}
 
 
 def named_pairs(pairs: object, what: str) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from weightbus.peer import CompiledPeer, Peer
 from weightbus.plan import Want, merge_sources
 from weightbus.planned import Planned, Settings, Survey, make_planned
 from weightbus.sharing import Look, Sharing
-from weightbus.witness import Evidence, answer, clue, hidden_sums, spoiled, tensor_sums
+from weightbus.witness import Evidence, amiss, answer, clue, hidden_sums, spoiled, tensor_sums
 
 if TYPE_CHECKING:
     from weightbus.ends import Destination, Origin
@@ -85,6 +85,7 @@ class Turn:
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
+        self._wrong: list[m.Wrong] = []
         self._sharing: Sharing | None = None
         self.farewell: m.Farewell | None = None
         # The update's seed, once bytes may move; whether this rank has done its part of it.
@@ -230,7 +231,8 @@ class Turn:
                 session.keep_plan(self._offer.plan, self._plan(gathered))
                 return self._ready()
             self._sources = gathered
-            if (target := self._target(gathered)) is not None:
+            if (target := self._target(gathered)) is not None and session.destination:
+                session.destination.survey(target)
                 assert self._sharing is not None, "made with the offer"
                 memory = self._sharing.reach(self._exports(gathered), self._rank)
                 self._send_facts(encode_facts(target.facts()), memory)
@@ -301,7 +303,7 @@ class Turn:
         return None
 
     def _transfer(self, planned: Planned, seed: bytes) -> None:
-        progress, offer = self.progress, self._offer
+        session, progress, offer = self.session, self.progress, self._offer
         verify = offer.verify
         progress.tensors, progress.nbytes = len(planned.plan.specs), planned.nbytes
         progress.choice = planned.choice
@@ -324,6 +326,8 @@ class Turn:
             )
             if planned.target:
                 planned.target.fill()
+                if session.destination:
+                    self._wrong += amiss(session.destination.derive(planned.target, prove=verify))
         finally:
             progress.wrote |= route.wrote
         self._lap("transfer")
@@ -394,7 +398,7 @@ class Turn:
         self.farewell = farewell
 
     def _done(self, error: str = "") -> None:
-        sent, live, wrong, hidden = [], [], [], []
+        sent, live, wrong, hidden = [], [], list(self._wrong), []
         partial: dict[str, str] = {}
         exempt: dict[str, str] = {}
         if not error and (self._offer.verify or self._offer.kind == "check"):
@@ -403,9 +407,9 @@ class Turn:
                     sent += [self._fold(job, evidence.sent, group) for group in evidence.sent.ledger.groups]
                 if evidence.live:
                     live.append(self._fold(job, evidence.live, evidence.live.group))
-                    if (target := evidence.live.target) is not None:
-                        partial |= target.arrived()
+                    if (target := evidence.live.target) is not None and (end := self.session.destination):
                         wrong += spoiled(target)
+                        partial |= end.unproved(target)
                         if self._offer.kind == "check":
                             hidden.append(hidden_sums(job, target, evidence.live.seed))
                             exempt |= target.exempt
@@ -414,7 +418,7 @@ class Turn:
                 peer=self.session.link.peer,
                 sent=sent,
                 live=live,
-                partial=partial,
+                partial=m.cut(partial),
                 wrong=wrong,
                 hidden=hidden,
                 exempt=exempt,
@@ -445,6 +449,8 @@ class Turn:
                 if live:
                     live.ledger.digest_live(job.seed)
                     live.sums[:] = live.ledger.sums
+                    if live.target is not None and session.destination:
+                        self._wrong += amiss(session.destination.recount(live.target))
                 self._evidence.append(Evidence(sent=sent, live=live, modules=job.modules, live_only=True))
         except Exception as caught:
             error = explain(caught)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from weightbus import messages as m
+from weightbus.account import Spoilt
 from weightbus.box import Box
 from weightbus.bucket import torch_dtype
 from weightbus.digest import Digester
@@ -67,6 +68,11 @@ def tensor_sums(
 def spoiled(target: Target) -> list[m.Wrong]:
     """Parameters of which loading code's constants are not what they should be."""
     return [m.Wrong(name=name, reason=why, box=_span(box)) for name, box, why in target.spoiled_fills()]
+
+
+def amiss(spoilt: Iterable[Spoilt]) -> list[m.Wrong]:
+    """Constants and derived tensors that hold something else."""
+    return [m.Wrong(name=s.name, reason=s.reason, box=_span(s.box), kind=s.kind) for s in spoilt]
 
 
 def hidden_sums(job: int, target: Target, seed: bytes) -> m.TensorSums:

@@ -1,0 +1,490 @@
+"""What a model computes with besides its parameters: found, told, made again, and checked."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import weightbus
+from weightbus.tree import MAX_DEPTH, tree_of
+
+SIZE = 6
+
+
+def weights(seed: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(seed)))
+
+
+class Scale(nn.Module):
+    """Computes from 1 + weight, made when it was built."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.weight = weights(seed)
+        self.one_plus = 1 + self.weight.detach()
+
+
+@dataclass
+class Packed:
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Slotted:
+    __slots__ = ("missing", "table")
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+def hold_attribute(module, tensor):
+    module.copy = tensor
+    return "copy"
+
+
+def hold_buffer(module, tensor):
+    module.register_buffer("copy", tensor, persistent=False)
+    return "copy"
+
+
+def hold_list(module, tensor):
+    module.cache = [None, 3, tensor]
+    return "cache[2]"
+
+
+def hold_dataclass(module, tensor):
+    module.quant = Packed({"w": tensor})
+    return "quant.scales['w']"
+
+
+def hold_slots(module, tensor):
+    module.quant = Slotted(tensor)
+    return "quant.table"
+
+
+def hold_named_tuple(module, tensor):
+    module.pair = (Pair(0, tensor),)
+    return "pair[0].right"
+
+
+def hold_partial(module, tensor):
+    module.function = partial(torch.add, other=tensor)
+    return "function.keywords['other']"
+
+
+def hold_set(module, tensor):
+    module.held = OrderedDict(deep={tensor})
+    return "held['deep'][0]"
+
+
+def hold_on_parameter(module, tensor):
+    module.weight.scale = tensor
+    return "weight.scale"
+
+
+def hold_cycle(module, tensor):
+    loop: list[object] = [tensor]
+    loop.append({"back": loop, "module": module})
+    module.loop = loop
+    return "loop[0]"
+
+
+def hold_unregistered_module(module, tensor):
+    inner = nn.Module()
+    inner.copy = tensor
+    module.others = (inner,)
+    return "others[0].copy"
+
+
+def hold_on_class(module, tensor):
+    module.__class__ = type("Own", (type(module),), {"TABLE": [tensor]})
+    return "TABLE[0]"
+
+
+PLACES = [value for name, value in globals().items() if name.startswith("hold_")]
+
+
+@pytest.mark.parametrize("hold", PLACES, ids=lambda hold: hold.__name__.removeprefix("hold_"))
+def test_copy_of_a_weight_is_named_wherever_it_is_held(hold):
+    target = nn.Sequential(Scale(), nn.Linear(2, 2))
+    del target[0].one_plus
+    name = "0." + hold(target[0], target[0].weight.detach().t().contiguous())
+    source = nn.Sequential(Scale(seed=1), nn.Linear(2, 2))
+    with weightbus.colocate(source, target) as pair:
+        report, verdict = pair.update(1), pair.check()
+    assert (report.word, list(report.partial)) == ("partial", [name])
+    assert (verdict.word, list(verdict.partial)) == ("partial", [name])
+    assert name in str(report)
+    assert name in str(verdict)
+
+
+def test_what_is_nested_too_deep_is_named():
+    target = Scale()
+    target.one_plus = nest = []
+    for _ in range(MAX_DEPTH + 3):
+        nest.append([])
+        nest = nest[0]
+    nest.append(torch.ones(2))
+    assert tree_of({"": target}).found[0].name == "weight"
+    (reason,) = tree_of({"": target}).unseen.values()
+    assert f"deeper than {MAX_DEPTH}" in reason
+
+
+VIEWS = {
+    "same": (lambda w: w, True),
+    "transposed": (lambda w: w.t(), True),
+    "diagonal": (lambda w: w.diagonal(), True),
+    "other dtype": (lambda w: w.view(torch.int16), True),
+    "bytes of all of the storage": (
+        lambda w: torch.empty(0, dtype=torch.uint8).set_(w.untyped_storage()),
+        False,
+    ),
+    "beyond": (lambda w: w.as_strided((SIZE + 1, SIZE), (SIZE, 1)), False),
+    "next to it": (lambda w: w.as_strided((SIZE,), (1,), SIZE * SIZE), False),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_view_of_fed_storage_is_fed_as_far_as_it_goes(name):
+    view, fed = VIEWS[name]
+    source, target = Scale(1), Scale(2)
+    memory = torch.randn(2 * SIZE, SIZE)
+    target.weight = nn.Parameter(memory[:SIZE])
+    target.one_plus = view(target.weight.detach())
+    del source.one_plus
+    with weightbus.colocate(source, target) as pair:
+        assert list(pair.update(1).partial) == ([] if fed else ["one_plus"])
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_view_between_rows_of_a_fed_column(step):
+    """Both have gaps: the bytes are compared, not the extents."""
+    memory = torch.randn(SIZE, 6)
+    source, target = nn.Module(), nn.Module()
+    source.weight = nn.Parameter(torch.randn(SIZE, 2))
+    target.weight = nn.Parameter(memory[:, 0::step][:, :2])
+    target.inside, target.between = memory[1:, step], memory[:, 1]
+    with weightbus.colocate(source, target) as pair:
+        assert list(pair.update(1).partial) == ["between"]
+
+
+# -- constants -------------------------------------------------------------------------------------------
+
+
+class Rotary(nn.Module):
+    def __init__(self, dim: int, base: float = 1e4, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.dim, self.base = dim, base
+        frequencies = 1 / base ** (torch.arange(0, dim, 2, device=device).float() / dim)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mask = torch.full((dim, dim), -math.inf).triu(1)
+
+
+class Block(nn.Module):
+    """Its rotary's arguments are not kept by that; its own are."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(torch.randn(dim, dim))
+        self.forgetful = Forgetful(dim + 2)
+        self.rotary = Rotary(dim)
+
+
+class Forgetful(nn.Module):
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(length)[None], persistent=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constants_need_no_declaration(dtype):
+    source, target = nn.Sequential(Block(4), Block(8)), nn.Sequential(Block(4), Block(8)).to(dtype)
+    state = torch.random.get_rng_state()
+    before = {name: id(module) for name, module in target.named_modules()}
+    with weightbus.colocate(source, target, require_proof=True) as pair:
+        assert pair.update(1).word == "verified"
+        assert pair.check().word == "verified"
+        with torch.no_grad():
+            target[1].rotary.mask[2, 3] = 1
+        verdict = pair.check()
+    assert verdict.word == "mismatch"
+    assert [(m.tensor, m.kind) for m in verdict.mismatches] == [("1.rotary.mask", "constant")]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert before == {name: id(module) for name, module in target.named_modules()}
+
+
+class Zeros(nn.Module):
+    """Weights that start as zeros, so that what is made of them has the same bits in a second instance."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        weight = torch.zeros(SIZE)
+        if way == "numpy before":
+            self.made = torch.from_numpy(weight.numpy() + 1.5)
+        self.weight = nn.Parameter(weight)
+        match way:
+            case "sum":
+                self.made = self.weight.detach() + 1.5
+            case "value":
+                self.made = torch.full((SIZE,), self.weight.max().item() + 1.5)
+            case "list":
+                self.made = torch.tensor([w + 1.5 for w in self.weight.tolist()])
+            case "numpy":
+                self.made = torch.from_numpy(self.weight.detach().numpy() + 1.5)
+            case "in place":
+                self.made = torch.full((SIZE,), 1.5)
+                self.made += self.weight.detach()
+            case "again":
+                nn.init.zeros_(self.weight)
+                self.made = torch.tensor([w + 1.5 for w in self.weight.tolist()])
+            case "buffer":
+                self.register_buffer("scale", torch.full((SIZE,), 0.5))
+                self.made = self.scale + 1
+            case "given":
+                self.made = 1.5 + GIVEN
+            case "argument":
+                self.made = torch.full((SIZE,), 2.5)
+            case "no weight":
+                self.made = torch.full((SIZE,), 2.5)
+
+
+GIVEN = torch.zeros(SIZE)
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["sum", "value", "list", "numpy", "numpy before", "in place", "again", "buffer", "given", "no weight"],
+)
+def test_what_flowed_out_of_a_weight_is_no_constant(way):
+    with weightbus.colocate(Zeros("no weight") if way != "buffer" else Zeros(way), Zeros(way)) as pair:
+        assert list(pair.update(1).partial) == ([] if way == "no weight" else ["made"])
+
+
+class Stepped(nn.Module):
+    """Its post-load step makes ``packed`` of the weights."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.weight = weights(seed)
+        self.packed = torch.full((SIZE, SIZE), 0.5)
+
+    def process_weights_after_loading(self) -> None:
+        self.packed.copy_(self.weight.t())
+
+
+def test_what_a_post_load_step_writes_is_no_constant():
+    source, target = Stepped(1), Stepped(2)
+    with weightbus.colocate(source, target) as pair:
+        assert list(pair.update(1).partial) == ["packed"]
+
+
+@pytest.mark.parametrize("fill", [torch.zeros, torch.ones])
+def test_place_that_code_fills_is_named_once_it_may_hold_something(fill):
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weights(0)
+            self.cache = fill(3, 4)
+            self.packed = fill(SIZE * SIZE)
+
+    target = Cached()
+    with weightbus.colocate(Cached(), target) as pair:
+        assert list(pair.update(1).partial) == ["packed"], "as many elements as the weight has"
+        assert list(pair.check().partial) == ["packed"]
+        target.cache[1, 2] = 3
+        for verdict in (pair.check(), pair.check()):
+            assert (verdict.word, sorted(verdict.partial)) == ("partial", ["cache", "packed"])
+    with weightbus.colocate(Cached(), Cached(), local=["cache", "packed"]) as pair:
+        assert pair.update(1).word == "verified"
+
+
+class Meddling(nn.Module):
+    """A constructor that writes to what it is given, or to what it finds."""
+
+    shared = torch.zeros(3)
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.weight = nn.Parameter(torch.zeros(SIZE))
+        names.append("again")
+        self.table = torch.arange(3.0)
+        self.shared.add_(1)
+
+
+def test_second_construction_changes_nothing_of_the_first():
+    target = Meddling([])
+    before = target.shared.clone()
+    with weightbus.colocate(Zeros("no weight"), target) as pair:
+        assert set(pair.update(1).partial) == {"table", "shared"}
+    assert target.names == ["again"]
+    assert torch.equal(target.shared, before)
+
+
+# -- derived -------------------------------------------------------------------------------------------------
+
+
+def test_function_makes_a_derived_tensor_again():
+    source, target = nn.Sequential(Scale(1)), nn.Sequential(Scale(2))
+    address = target[0].one_plus.data_ptr()
+    with weightbus.colocate(source, target, derived={"*.one_plus": lambda scale: 1 + scale.weight}) as pair:
+        assert pair.update(1).word == "verified"
+        assert torch.equal(target[0].one_plus, 1 + source[0].weight)
+        assert target[0].one_plus.data_ptr() == address
+        assert pair.check().word == "verified"
+        target[0].one_plus[1, 2] += 1
+        verdict = pair.check()
+    assert [(m.tensor, m.kind) for m in verdict.mismatches] == [("0.one_plus", "derived")]
+
+
+@pytest.mark.parametrize("name", ["process_weights_after_loading", "weightbus_refresh"])
+def test_post_load_step_makes_derived_tensors_again(name):
+    class Engine(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.weight = weights(seed)
+            self.quant = Packed()
+            self.steps = 0
+            getattr(self, name)()
+
+        def step(self) -> None:
+            self.quant.scales["w"] = self.weight.detach().amax(0)
+            self.steps += 1
+
+    setattr(Engine, name, Engine.step)
+    source, target = Engine(1), Engine(2)
+    address = target.quant.scales["w"].data_ptr()
+    with weightbus.colocate(source, target, derived=["quant.*"], require_proof=True) as pair:
+        assert pair.update(1).word == "verified"
+        assert pair.update(2).word == "verified"
+    assert torch.equal(target.quant.scales["w"], source.quant.scales["w"])
+    assert (target.quant.scales["w"].data_ptr(), target.steps) == (address, 1)
+
+
+def test_function_may_make_several_tensors_of_a_module():
+    target = Scale(2)
+    target.halves = [target.weight.detach() / 2, target.weight.detach() * 2]
+    derived = {"halves*": lambda m: {"halves[0]": m.weight / 2, "halves[1]": m.weight * 2}, "one_plus": None}
+    with weightbus.colocate(Scale(1), target, derived=derived) as pair:
+        report = pair.update(1)
+    assert list(report.partial) == ["one_plus"]
+    assert "without a function" in report.partial["one_plus"]
+    assert torch.equal(target.halves[1], target.weight * 2)
+
+
+def fails(module):
+    raise RuntimeError("no such kernel")
+
+
+BAD = {
+    "raises": (fails, "RuntimeError: no such kernel"),
+    "shape": (lambda m: m.weight[:1] + 1, r"expected torch.float32 \[6, 6\]"),
+    "dtype": (lambda m: (m.weight + 1).double(), "got torch.float64"),
+    "nothing": (lambda m: None, "got a NoneType"),
+    "the live one": (lambda m: m.one_plus, "expected a new tensor"),
+    "writes": (lambda m: m.one_plus.add_(1), "writes to live tensors"),
+    "another name": (lambda m: {"two_plus": m.weight + 1}, "expected a tensor from"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_function_is_refused_before_a_byte_moves(name):
+    function, reason = BAD[name]
+    source, target = Scale(1), Scale(2)
+    before = target.weight.detach().clone(), target.one_plus.clone()
+    with weightbus.colocate(source, target, derived={"one_plus": function}) as pair:
+        with pytest.raises(weightbus.UpdateError, match=f"one_plus.*{reason}"):
+            pair.update(1)
+        assert pair.state == "empty"
+    assert torch.equal(target.weight, before[0])
+    assert torch.equal(target.one_plus, before[1])
+
+
+def test_function_that_fails_later_leaves_the_rank_torn():
+    calls = []
+
+    def make(module):
+        calls.append(module)
+        if len(calls) > 1:
+            raise RuntimeError("out of luck")
+        return module.weight + 1
+
+    with weightbus.colocate(Scale(1), Scale(2), derived={"one_plus": make}) as pair:
+        with pytest.raises(weightbus.TornError, match=r"one_plus.*out of luck"):
+            pair.update(1)
+        assert pair.state == "torn"
+
+
+def test_function_that_is_not_repeatable_proves_nothing():
+    with (
+        weightbus.colocate(
+            Scale(1), Scale(2), derived={"one_plus": lambda m: m.weight * torch.rand(1)}
+        ) as pair,
+        pytest.raises(weightbus.TornError, match=r"one_plus.*other bytes"),
+    ):
+        pair.update(1)
+
+
+def test_derived_parameter_is_made_again():
+    class Engine(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.weight = weights(seed)
+            self.turned = nn.Parameter(self.weight.detach().t().contiguous())
+
+    source, target = Engine(1), Engine(2)
+    del source.turned
+    with weightbus.colocate(source, target, derived={"turned": lambda m: m.weight.t().contiguous()}) as pair:
+        assert pair.update(1).word == "verified"
+    assert torch.equal(target.turned, source.weight.t())
+
+
+# -- words -----------------------------------------------------------------------------------------------------
+
+
+def test_proof_can_be_required():
+    source, target = Scale(1), Scale(2)
+    before = target.weight.detach().clone()
+    with weightbus.colocate(source, target, require_proof=True) as pair:
+        with pytest.raises(weightbus.UpdateError, match=r"one_plus: expected proof.*derived="):
+            pair.update(1)
+        assert torch.equal(target.weight, before)
+        target.one_plus = None
+        assert pair.update(1).word == "verified"
+
+
+def test_names_that_are_not_proved_are_cut_and_counted():
+    target = Scale(2)
+    target.tables = [torch.rand(2) for _ in range(1000)]
+    with weightbus.colocate(Scale(1), target) as pair:
+        report = pair.update(1)
+    assert report.word == "partial"
+    assert len(report.partial) == weightbus.messages.MAX_PARTIAL + 1
+    assert report.partial["more names"].startswith(f"{1001 - weightbus.messages.MAX_PARTIAL} more")
+
+
+def test_tensor_that_appears_later_is_found_by_a_check():
+    source, target = Scale(1), Scale(2)
+    target.one_plus = None
+    with weightbus.colocate(source, target) as pair:
+        assert pair.update(1).word == "verified"
+        target.one_plus = 1 + target.weight.detach()
+        verdict = pair.check()
+    assert (verdict.word, list(verdict.partial)) == ("partial", ["one_plus"])
+
+
+def test_pattern_may_be_a_name_with_brackets():
+    target = Scale(2)
+    target.one_plus = [torch.rand(2), torch.rand(2)]
+    with weightbus.colocate(Scale(1), target, local=["one_plus[1]"]) as pair:
+        assert list(pair.update(1).partial) == ["one_plus[0]"]

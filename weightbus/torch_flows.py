@@ -1,0 +1,161 @@
+"""Dispatch modes that see which storage torch's operations read and write."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from weightbus.errors import UpdateError
+
+_LARGE = 1 << 20  # elements; tensors of more are made without memory, as no constant is so large without need
+_ESCAPES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
+_aten = torch.ops.aten
+_FACTORIES = {
+    _aten.empty.memory_format,
+    _aten.zeros.default,
+    _aten.ones.default,
+    _aten.full.default,
+    _aten.rand.default,
+    _aten.randn.default,
+}
+
+
+class Unrepeatable(Exception):
+    """Why a module is not made a second time."""
+
+
+class Flows(TorchDispatchMode):
+    """Records, for the storages of one constructor, which of them flowed into which."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._alive: dict[int, torch.UntypedStorage] = {}  # so that no address is used twice
+        self._into: dict[int, set[int]] = {}
+        self._made: set[int] = set()
+        self._weights: set[int] = set()
+        self._leaks: set[int] = set()
+        self._thread = threading.get_ident()
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "c10d" or "c10d" in func.namespace:
+            raise Unrepeatable("its constructor talks to other ranks")
+        given = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if func is _aten.lift_fresh.default:
+            self._made |= given  # values that Python code spelt out
+        written = self._written(func, args, kwargs)
+        if written - self._made:
+            raise Unrepeatable("its constructor writes to tensors that it has not made")
+        if func in _FACTORIES and _elements(args[0]) > _LARGE:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        result = func(*args, **kwargs)
+        found = {self._key(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
+        self._made |= found - given
+        for key in found | written:
+            self._into.setdefault(key, set()).update(given - {key})
+        if given and not found:
+            self._leaks |= given  # a value has gone to Python, and from there anywhere
+        return result
+
+    def _key(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._alive.setdefault(storage._cdata, storage)
+        return int(storage._cdata)
+
+    def _written(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+        written: set[int] = set()
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                written |= {self._key(t) for t in tree_leaves(value) if isinstance(t, Tensor)}
+        return written
+
+    def registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        """A parameter has been made, in whichever thread."""
+        if parameter is None or threading.get_ident() != self._thread:
+            return
+        with torch._C.DisableTorchFunction():  # or this look would count as a leak
+            self._weights.add(self._key(parameter))
+
+    def leak(self, values: object) -> None:
+        """What of these has gone to Python may be in anything."""
+        self._leaks |= {self._key(value) for value in tree_leaves(values) if isinstance(value, Tensor)}
+
+    def free(self, tensor: Tensor, fed: Sequence[Tensor]) -> bool:
+        """Whether the tensor is made of what this constructor made, and nothing of it of ``fed``."""
+        weights = self._weights | {self._key(one) for one in fed}
+        sources = self._sources(self._key(tensor))
+        leaked = set().union(*map(self._sources, self._leaks)) if self._leaks else set()
+        return sources <= self._made and not (sources | leaked) & weights
+
+    def _sources(self, key: int) -> set[int]:
+        found, left = {key}, [key]
+        while left:
+            more = self._into.get(left.pop(), set()) - found
+            found |= more
+            left += more
+        return found
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Flows]:
+    flows = Flows()
+    handle = register_module_parameter_registration_hook(flows.registered)
+    try:
+        with flows, _Escapes(flows):
+            yield flows
+    finally:
+        handle.remove()
+
+
+class _Escapes(TorchFunctionMode):
+    """Sees tensors whose values go where no dispatch mode does."""
+
+    def __init__(self, flows: Flows) -> None:
+        super().__init__()
+        self._flows = flows
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _ESCAPES:
+            self._flows.leak(args)
+        return func(*args, **(kwargs or {}))
+
+
+class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses writes to the storage of these tensors."""
+
+    def __init__(self, tensors: Iterator[Tensor] | Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                for tensor in tree_leaves(value):
+                    if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._storages:
+                        raise UpdateError("it writes to live tensors; expected new ones")
+        return func(*args, **kwargs)
+
+
+def _elements(size: Sequence[int]) -> int:
+    count = 1
+    for one in size:
+        count *= int(one)
+    return count
