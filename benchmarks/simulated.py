@@ -75,8 +75,8 @@ class Rank:
 class Crowd:
     """Simulated ranks, all served by whoever calls ``run``; each beats like a real one."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, job: str = "") -> None:
+        self._address, self._job = address, job
         self._context: zmq.Context[Any] = zmq.Context(2)
         self._context.set(zmq.MAX_SOCKETS, 8192)
         self._poller = zmq.Poller()
@@ -99,7 +99,7 @@ class Crowd:
             size=size,
             replica=replica,
         )
-        joined = self.ranks[socket] = Rank(socket, hello)
+        joined = self.ranks[socket] = Rank(socket, hello, header=m.Header(self._job))
         joined.send(hello)
         return joined
 

@@ -108,6 +108,7 @@ LAYERS = {
         "save",
         "probe",
         "task_turn",
+        "torch_start",
         "session",
         "publisher",
         "subscriber",

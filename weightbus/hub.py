@@ -350,7 +350,9 @@ class Hub:
 
     def _alive(self, job: ServedJob, peer: str) -> m.Alive:
         alive = m.Alive(peer=peer, hub=self.token, known=True)
-        alive.stamp(job.coordinator.header())
+        header = job.coordinator.header()
+        of = job.coordinator.roster.peers.get(peer)
+        alive.stamp(header._replace(incarnation=of.start.incarnation) if of and of.start else header)
         return alive
 
     def _attach(self, identity: bytes, message: m.Message) -> None:
@@ -391,7 +393,10 @@ class Hub:
                 if isinstance(message, m.Enter):
                     coordinator.enter(message, now)
                     return None
-                size = trainer.size if len(coordinator.roster.trainers()) == trainer.size else 0
+                trainers = coordinator.roster.trainers()
+                size = (
+                    trainer.size if trainers.get(trainer.rank) is peer and len(trainers) == trainer.size else 0
+                )
                 number, committed = message.number, coordinator.committed
                 coordinator.requests.poll(identity, trainer.rank, number, size, committed)
             case _:
@@ -434,7 +439,9 @@ class Hub:
     def _leave(self, job: ServedJob, peer: Peer, role: str, now: float) -> None:
         if len(peer.roles) > 1 and role in peer.roles:
             leaving = peer.roles.pop(role)
-            gone = Peer(id=peer.id, process=peer.process, host=peer.host, pid=peer.pid, heard=now)
+            gone = Peer(
+                id=peer.id, process=peer.process, host=peer.host, pid=peer.pid, started=peer.started, heard=now
+            )
             gone.roles[role] = leaving
             job.coordinator.lost(gone, "left", now)
         else:

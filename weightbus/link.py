@@ -156,8 +156,11 @@ class Link:
         device: str,
         timeout_s: float,
         start_hub_dead_after_s: float | None = None,
+        start: str = "",
     ) -> None:
         """Take a role; given ``start_hub_dead_after_s``, start a hub as long as none listens.
+
+        start: what this rank shares with all others of its start of the job.
 
         Raises HubError with the hub's reason, or if none answers in ``timeout_s``.
         """
@@ -167,6 +170,7 @@ class Link:
             host=host_name(),
             pid=os.getpid(),
             started=process_started(),
+            start=start,
             device=device,  # type: ignore[arg-type]
             role=role,
             rank=rank,

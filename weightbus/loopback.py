@@ -46,6 +46,7 @@ class Loopback:
         device: str,
         timeout_s: float,
         start_hub_dead_after_s: float | None = None,
+        start: str = "",
     ) -> None:
         """Take a role. Raises HubError with the coordinator's reason."""
         hello = m.Hello(
@@ -63,6 +64,7 @@ class Loopback:
         admitted = self._coordinator.roster.admit(hello, self.peer, time.monotonic())
         if isinstance(admitted, m.Refused):
             raise HubError(f"refused: {admitted.reason}")
+        self.rounds.joined(self._coordinator.header())
 
     def send(self, message: m.Message) -> None:
         now = time.monotonic()

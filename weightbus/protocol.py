@@ -104,7 +104,6 @@ class Coordinator:
 
     def __init__(self, *, dead_after_s: float, job: str = "") -> None:
         self.job = job
-        self.incarnation = 0
         self.roster = Roster(dead_after_s=dead_after_s)
         self.outbox: list[tuple[str, m.Message]] = []
         self.epoch = 0
@@ -123,6 +122,7 @@ class Coordinator:
         self._past: deque[tuple[Round, m.Outcome, float]] = deque(maxlen=PAST_ROUNDS)
         self._rebuilt = Rebuilt()
         self._now = 0.0
+        self._early: list[tuple[float, m.Enter]] = []
         self._steps: dict[Phase, Callable[[Round, float], None]] = {
             Phase.ENTER: self._offer,
             Phase.SOURCES: self._relay_sources,
@@ -140,13 +140,15 @@ class Coordinator:
         """A peer has come, perhaps from an earlier hub: what it knows of before is taken over."""
         if peer.held is not None and peer.held.version is not None:
             self.committed = max(self.committed, peer.held.version)
-        if peer.held is not None:
-            self.incarnation = max(self.incarnation, peer.held.incarnation)
         self.outbox += self._rebuilt.joined(peer, self.roster, self.job)
         self.advance(now)
 
     def enter(self, message: m.Enter, now: float) -> None:
         """A trainer rank calls ``update`` or ``check``: the first one opens the round."""
+        peer = self.roster.peers[message.peer]
+        if self.roster.is_early(peer):
+            self._early.append((now + self.roster.dead_after_s, message))
+            return
         if self.round is None:
             deadline = now + message.join_s
             number = self._number()
@@ -157,7 +159,6 @@ class Coordinator:
         if round.phase is not Phase.ENTER:
             self._refuse_enter(message, f"update {round.update} is still going on")
             return
-        peer = self.roster.peers[message.peer]
         if message.refusal:
             self._note(round, str(peer), message.refusal, now)
         elif difference := _differs(round.enter, message):
@@ -195,6 +196,7 @@ class Coordinator:
 
     def lost(self, peer: Peer, reason: str, now: float) -> None:
         """A peer left or died; it is no longer in the roster."""
+        self.roster.review()
         self.tasks.lost(peer, reason, now)
         round = self.round
         if round is not None and peer.id in (round.members or round.answers):
@@ -210,6 +212,7 @@ class Coordinator:
     def advance(self, now: float) -> None:
         """Take the next step if all have answered, or end the round if its time is over."""
         self._now = now
+        self._admit_early(now)
         self.tasks.advance(now, free=self.round is None or self.round.phase is Phase.ENTER)
         round = self.round
         if round is None:
@@ -230,6 +233,26 @@ class Coordinator:
                     reason = f"{reason}; waited {waited:.1f} s"
                     round.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
             self._fail(round, now)
+
+    def _admit_early(self, now: float) -> None:
+        """Calls of ranks whose start has taken over; those of others are refused once it is clear that an older
+        start goes on: a rank of it that has died has been dropped by then."""
+        early, self._early = self._early, []
+        for deadline, enter in early:
+            peer = self.roster.peers.get(enter.peer)
+            if peer is None:
+                continue
+            if not self.roster.is_early(peer):
+                self.enter(enter, now)
+            elif now < deadline:
+                self._early.append((deadline, enter))
+            else:
+                others = ", ".join(str(other) for _, other in sorted(self.roster.trainers().items()))
+                self._refuse_enter(
+                    enter,
+                    f"it is of another start of the job than {others}, which goes on; expected those processes"
+                    " to end first, or another job= for this one",
+                )
 
     def missing(self, now: float) -> list[str]:
         """What the round waits for, a line each: *rank: what it has not done*."""
@@ -471,6 +494,10 @@ class Coordinator:
         round.phase, round.expected, round.deadline = phase, set(expected), deadline
         round.answers = {}
         round.phases[phase.name] = self._now - round.started
+
+    @property
+    def incarnation(self) -> int:
+        return self.roster.incarnation
 
     def header(self, update: int = 0) -> m.Header:
         return m.Header(self.job, self.incarnation, self.epoch, update)

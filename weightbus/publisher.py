@@ -26,6 +26,7 @@ from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Saved, Verdict
 from weightbus.save import Save
 from weightbus.session import Session
+from weightbus.torch_start import start_token
 from weightbus.turn import Progress, SourceCopy
 
 log = logging.getLogger("weightbus")
@@ -124,6 +125,7 @@ class Publisher:
                 device=device.type,
                 timeout_s=connect_timeout_s,
                 start_hub_dead_after_s=dead_after_s if self.rank == 0 else None,
+                start=start_token(),
             )
         except BaseException:
             self._session.close("trainer")
@@ -209,6 +211,8 @@ class Publisher:
         report = Report(
             word=outcome.verdict,
             version=version,
+            job=outcome.job,
+            incarnation=outcome.incarnation,
             epoch=outcome.epoch,
             tensors=progress.tensors,
             nbytes=progress.nbytes,

@@ -80,6 +80,8 @@ class Report:
 
     word: str
     version: int
+    job: str
+    incarnation: int
     epoch: int
     tensors: int
     nbytes: int

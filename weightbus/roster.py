@@ -1,11 +1,46 @@
-"""Who has joined the hub: peers, their roles, and which replicas are complete."""
+"""Who has joined a job: peers, their roles, complete replicas, and the start of the trainer that counts."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Container
 from dataclasses import dataclass, field
 
 from weightbus import messages as m
+
+# What a rank brings from an earlier hub as incarnation is believed below this: there is room above.
+MAX_HELD_INCARNATION = 1 << 60
+
+# Of so many starts that have gone it is still known who was of them.
+MAX_STARTS = 16
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Start:
+    """One start of the trainer job. token: what its ranks share; empty where they know of nothing.
+
+    places: of each rank's place, the process that has taken it. A start is one set of processes: whoever else
+    asks for the place is of another.
+    """
+
+    incarnation: int
+    token: str
+    places: dict[int, tuple[str, int, float]] = field(default_factory=dict)
+
+    def fits(self, hello: m.Hello, *, here: bool) -> bool:
+        """Whether the rank that says hello is of this start. here: some rank of it is."""
+        held = hello.held.incarnation if hello.held else 0
+        process = _process(hello)
+        if held not in (0, self.incarnation) or self.places.get(hello.rank, process) != process:
+            return False
+        if self.token and hello.start:
+            return self.token == hello.start
+        # Nothing but the places tells them apart: where all have gone, who comes is of another, unless known.
+        return here or hello.rank in self.places or held == self.incarnation
+
+
+def _process(hello: m.Hello) -> tuple[str, int, float]:
+    return hello.host, hello.pid, hello.started
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,6 +52,8 @@ class Peer:
     host: str
     pid: int
     heard: float
+    started: float = 0.0
+    start: Start | None = None
     roles: dict[str, m.Hello] = field(default_factory=dict)
     held: m.Held | None = None
     state: m.State = ""
@@ -40,7 +77,8 @@ class Peer:
         )
 
     def __str__(self) -> str:
-        return f"{self.member()} (pid {self.pid} on {self.host})"
+        began = f", started {time.strftime('%F %T', time.localtime(self.started))}" if self.started else ""
+        return f"{self.member()} (pid {self.pid} on {self.host}{began})"
 
 
 # More peers than this are refused, so that no flood of them can fill the hub's memory.
@@ -53,6 +91,59 @@ class Roster:
     def __init__(self, *, dead_after_s: float) -> None:
         self.dead_after_s = dead_after_s
         self.peers: dict[str, Peer] = {}
+        self._starts: list[Start] = []  # by incarnation
+        self._current: Start | None = None
+        self._floor = 0
+
+    # -- starts of the trainer ---------------------------------------------------------------------
+
+    def review(self) -> None:
+        """Trainer ranks have come or gone. The start that counts goes on as long as a rank of it is here; then
+        the next one does."""
+        here = self._here()
+        current = self._current.incarnation if self._current else 0
+        following = [start for start in self._starts if id(start) in here and start.incarnation >= current]
+        self._current = following[0] if following else self._current
+        kept = self._starts[-MAX_STARTS:]
+        self._starts = [start for start in self._starts if id(start) in here or start in kept]
+
+    def _here(self) -> set[int]:
+        return {id(peer.start) for peer in self.peers.values() if peer.trainer}
+
+    @property
+    def incarnation(self) -> int:
+        """Number of the start that counts; 0 before the first one."""
+        return self._current.incarnation if self._current else 0
+
+    def is_early(self, peer: Peer) -> bool:
+        """Whether it is a trainer rank of a start that has to wait until an older one has gone."""
+        return peer.trainer is not None and peer.start is not self._current
+
+    def _start_of(self, hello: m.Hello) -> Start | None:
+        """The start of which a trainer rank is; None if it is of a new one."""
+        here = self._here()
+        starts = reversed(self._starts)
+        return next((start for start in starts if start.fits(hello, here=id(start) in here)), None)
+
+    def _enlist(self, hello: m.Hello) -> Start:
+        start = self._start_of(hello)
+        if start is None:
+            held = hello.held.incarnation if hello.held else 0
+            last = self._starts[-1].incarnation if self._starts else 0
+            drawn = max(last, self._floor) + 1
+            known = last < held < MAX_HELD_INCARNATION
+            start = Start(incarnation=held if known else drawn, token=hello.start)
+            self._starts.append(start)
+        start.token = start.token or hello.start
+        start.places[hello.rank] = _process(hello)
+        return start
+
+    def _outlived(self, incarnation: int) -> None:
+        """A server rank has known this incarnation: whatever is drawn from now on is above it."""
+        if incarnation < MAX_HELD_INCARNATION:
+            self._floor = max(self._floor, incarnation)
+
+    # -- joining -----------------------------------------------------------------------------------
 
     def refusal(self, hello: m.Hello, now: float) -> m.Refused | None:
         """Why ``hello``'s role can't be had; None if it can, or if the same process has it already."""
@@ -80,6 +171,8 @@ class Roster:
             return m.Refused(reason=f"{hello.role} rank: {reason}")
         if known is not None and hello.role in known.roles:
             return m.Refused(reason=f"this process is {known} already")
+        if (fenced := self._fenced(hello)) is not None:
+            return fenced
         if known is None and len(self.peers) >= MAX_PEERS:
             return m.Refused(reason=f"expected at most {MAX_PEERS} ranks", silent_s=0.0)
         return None
@@ -90,13 +183,38 @@ class Roster:
             return refused
         known = self._known(hello.process)
         if known is None:
-            known = Peer(id=peer, process=hello.process, host=hello.host, pid=hello.pid, heard=now)
+            known = Peer(
+                id=peer,
+                process=hello.process,
+                host=hello.host,
+                pid=hello.pid,
+                started=hello.started,
+                heard=now,
+            )
             self.peers[peer] = known
+        if hello.role == "trainer":
+            known.start = self._enlist(hello)
+        elif hello.held is not None and hello.held.incarnation:
+            self._outlived(hello.held.incarnation)
         known.roles[hello.role] = hello
+        self.review()
         known.heard = now
         if hello.held is not None:
             known.held = hello.held
         return known
+
+    def _fenced(self, hello: m.Hello) -> m.Refused | None:
+        """A trainer rank of an older start than the one that has taken over has no place any more."""
+        if hello.role != "trainer" or self._current is None:
+            return None
+        start, held = self._start_of(hello), hello.held.incarnation if hello.held else 0
+        number, current = start.incarnation if start else held, self._current.incarnation
+        if not 0 < number < current:
+            return None
+        return m.Refused(
+            reason=f"trainer rank {hello.rank} (pid {hello.pid} on {hello.host}) is of incarnation {number} of"
+            f" its job, which incarnation {current} has followed"
+        )
 
     def _known(self, process: str) -> Peer | None:
         return next((peer for peer in self.peers.values() if peer.process == process), None)
@@ -105,7 +223,9 @@ class Roster:
         return [peer for peer in self.peers.values() if now - peer.heard > self.dead_after_s]
 
     def trainers(self) -> dict[int, Peer]:
-        return {peer.trainer.rank: peer for peer in self.peers.values() if peer.trainer}
+        """Those of the start that counts."""
+        current = self._current
+        return {p.trainer.rank: p for p in self.peers.values() if p.trainer and p.start is current}
 
     def replicas(self) -> dict[int, dict[int, Peer]]:
         """Replica, server rank, peer."""
@@ -151,11 +271,13 @@ class Roster:
 
     def members(self, peers: list[Peer]) -> list[m.Member]:
         """The group as members; a server rank of an incomplete replica takes part as trainer only."""
-        complete = self.complete()
+        complete, trainers = self.complete(), {peer.id for peer in self.trainers().values()}
         members = [peer.member() for peer in peers]
         return [
-            m.Member(peer=x.peer, trainer=x.trainer, server=x.server)
-            if x.server is None or x.server.replica in complete
-            else m.Member(peer=x.peer, trainer=x.trainer, server=None)
+            m.Member(
+                peer=x.peer,
+                trainer=x.trainer if x.peer in trainers else None,
+                server=x.server if x.server and x.server.replica in complete else None,
+            )
             for x in members
         ]

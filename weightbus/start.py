@@ -52,7 +52,7 @@ def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S, keys: Keys |
         )
         deadline = time.monotonic() + START_HUB_S
         while not listens(address):
-            if hub.poll() is not None:
+            if hub.poll() is not None and not listens(address):  # another job's has come first
                 words.seek(0)
                 said = words.read().decode(errors="replace").strip()
                 raise HubError(f"no hub could be started at {address}: {said}")

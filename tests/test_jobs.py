@@ -1,0 +1,340 @@
+"""Jobs: which ranks are of one, which start of its trainer counts, and that none hears of another."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import Job, run_jobs
+from simulated import Crowd, enter
+
+import weightbus
+from weightbus import identity, jobs
+from weightbus import messages as m
+from weightbus.errors import ProtocolError, SpecError
+from weightbus.hub import Hub
+from weightbus.jobs import Jobs
+from weightbus.roster import Roster
+from weightbus.rounds import INSIDE, Rounds
+
+# -- starts of a trainer ---------------------------------------------------------------------------
+
+SIZE = 3
+
+
+def hello(launch, rank, *, tokens, held=0, role="trainer"):
+    """Of the process that is this rank of a launch of the job."""
+    return m.Hello(
+        process=f"{launch}.{rank}",
+        host="h",
+        pid=launch * SIZE + rank + 1,
+        started=float(launch + 1),
+        start=f"launch {launch}" if tokens else "",
+        device="cpu",
+        role=role,
+        rank=rank,
+        size=SIZE,
+        held=m.Held(incarnation=held) if held else None,
+    )
+
+
+steps = st.lists(st.tuples(st.sampled_from(["join", "die"]), st.integers(0, 3), st.integers(0, SIZE - 1)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=steps)
+def test_the_ranks_that_count_are_of_one_start(steps):
+    """Whoever comes and goes: never a set of two launches, and a launch's number is its own, and only grows."""
+    roster, numbers, last = Roster(dead_after_s=10.0), {}, 0
+    for what, launch, rank in steps:
+        name = f"{launch}.{rank}"
+        if what == "join" and name not in roster.peers:
+            roster.admit(hello(launch, rank, tokens=True), name, 0.0)
+        elif what == "die" and roster.peers.pop(name, None):
+            roster.review()
+        counted = roster.trainers()
+        launches = {peer.id.split(".")[0] for peer in counted.values()}
+        assert len(launches) <= 1
+        assert roster.incarnation >= last
+        last = roster.incarnation
+        for one in launches:
+            assert numbers.setdefault(one, roster.incarnation) == roster.incarnation
+        assert len(set(numbers.values())) == len(numbers)
+        # One that is here and does not count is early: an older start goes on.
+        for peer in roster.peers.values():
+            assert roster.is_early(peer) == (peer not in counted.values())
+            assert not roster.is_early(peer) or peer.start.incarnation > roster.incarnation
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_new_start_waits_for_the_old_one_to_go(tokens):
+    roster = Roster(dead_after_s=10.0)
+    for rank in range(2):
+        roster.admit(hello(0, rank, tokens=tokens), f"0.{rank}", 0.0)
+    del roster.peers["0.0"]
+    roster.review()
+    late = roster.admit(hello(1, 0, tokens=tokens), "1.0", 1.0)
+    assert roster.is_early(late)
+    assert (set(roster.trainers()), roster.incarnation) == ({1}, 1)
+    taken = roster.admit(hello(1, 1, tokens=tokens), "1.1", 1.0)
+    assert "trainer rank 1 is taken by trainer rank 1 (pid 2 on h, started 1970-01-01" in taken.reason
+    del roster.peers["0.1"]
+    roster.review()
+    assert not roster.is_early(late)
+    assert (set(roster.trainers()), roster.incarnation) == ({0}, 2)
+    # The rest of the new start, and what is left of the old one.
+    roster.admit(hello(1, 1, tokens=tokens), "1.1", 2.0)
+    assert set(roster.trainers()) == {0, 1}
+    fenced = roster.admit(hello(0, 2, tokens=tokens, held=1), "0.2", 3.0)
+    assert "incarnation 1 of its job, which incarnation 2 has followed" in fenced.reason
+
+
+def test_a_process_that_comes_again_is_of_its_start():
+    """As when a publisher is closed and another made, while other ranks still have theirs."""
+    roster = Roster(dead_after_s=10.0)
+    for rank in range(2):
+        roster.admit(hello(0, rank, tokens=False), f"0.{rank}", 0.0)
+    del roster.peers["0.0"]
+    roster.review()
+    again = hello(0, 0, tokens=False)
+    again.process = "another publisher of the same process"
+    assert not roster.is_early(roster.admit(again, "new", 1.0))
+    assert (set(roster.trainers()), roster.incarnation) == ({0, 1}, 1)
+
+
+@pytest.mark.parametrize("first", ["server", "trainer"])
+def test_numbers_go_on_above_those_of_an_earlier_hub(first):
+    """At a new hub: ranks that come again keep their number, and what starts later has a higher one."""
+    roster = Roster(dead_after_s=10.0)
+    coming = {
+        "server": hello(9, 0, tokens=True, held=7, role="server"),
+        "trainer": hello(0, 0, tokens=True, held=7),
+    }
+    roster.admit(coming.pop(first), first, 0.0)
+    ((name, other),) = coming.items()
+    roster.admit(other, name, 0.0)
+    assert roster.incarnation == 7
+    roster.peers.pop("trainer")
+    roster.review()
+    roster.admit(hello(1, 0, tokens=True), "1.0", 0.0)
+    assert roster.incarnation == 8
+
+
+def test_a_made_up_number_leaves_room_above():
+    roster = Roster(dead_after_s=10.0)
+    roster.admit(hello(9, 0, tokens=True, held=(1 << 62) - 1, role="server"), "evil", 0.0)
+    roster.admit(hello(1, 0, tokens=True, held=(1 << 62) - 1), "1.0", 0.0)
+    assert roster.incarnation == 1
+
+
+# -- what a rank hears -----------------------------------------------------------------------------
+
+headers = st.builds(m.Header, st.sampled_from(["", "a"]), *[st.integers(0, 3)] * 3)
+OUTCOME = m.Outcome(ok=True, moved=True, verdict="verified")
+INSIDE_SAMPLES = [
+    m.Gathered(of="wants", blobs=[], holder={}),
+    m.Go(seed=bytes(32)),
+    m.Detail(groups=[]),
+    m.Suspects(suspects=[]),
+    m.Probe(questions=[]),
+]
+
+
+def task_offer(header):
+    offer = m.TaskOffer(task=m.LoadTask(), members=[], run_s=1.0)
+    offer.stamp(header)
+    return offer
+
+
+@given(mine=headers.filter(lambda header: header.update), other=headers)
+def test_only_messages_of_the_round_are_heard_in_it(mine, other):
+    assert {type(sample) for sample in INSIDE_SAMPLES} == set(INSIDE)
+    rounds = Rounds(mine.job)
+    with rounds.within(task_offer(mine)):
+        for sample in [*INSIDE_SAMPLES, OUTCOME]:
+            sample.stamp(other)
+            assert rounds.accepts(sample) == (other == mine)
+        assert not rounds.accepts(task_offer(other))
+    dropped = rounds.stale
+    assert dropped == (1 if other == mine else len(INSIDE_SAMPLES) + 2)
+    # It has ended: nothing of it is heard any more, an outcome for those who wait for one included.
+    rounds.entered = True
+    for sample in [*INSIDE_SAMPLES, OUTCOME]:
+        sample.stamp(mine)
+        assert not rounds.accepts(sample)
+
+
+def test_an_outcome_is_heard_by_those_who_have_called_only():
+    rounds = Rounds("")
+    OUTCOME.stamp(m.Header("", 1, 1, 5))
+    assert not rounds.accepts(OUTCOME)
+    rounds.entered = True
+    assert rounds.accepts(OUTCOME)
+    with rounds.within(task_offer(m.Header("", 1, 1, 6))):
+        assert not rounds.accepts(OUTCOME)
+    assert rounds.entered, "a task comes between"
+
+
+# -- several jobs at one hub -----------------------------------------------------------------------
+
+
+def test_jobs_at_a_hub_are_bounded_and_those_in_use_are_kept(monkeypatch):
+    monkeypatch.setattr(jobs, "MAX_JOBS", 3)
+    table = Jobs(dead_after_s=10.0)
+    for when, name in enumerate(["a", "b"]):
+        table.open(name, float(when)).coordinator.committed = when
+    table.open("a", 5.0).coordinator.roster.admit(hello(0, 0, tokens=True), "p", 0.0)
+    table.open("c", 6.0)
+    assert [job.name for job in table] == ["", "a", "c"], "nobody is in b"
+    assert table.open("a", 7.0).coordinator.committed == 0
+    table.open("c", 6.0).coordinator.roster.admit(hello(0, 0, tokens=True), "q", 0.0)
+    with pytest.raises(ProtocolError, match="job 'd': expected at most 3 jobs"):
+        table.open("d", 8.0)
+    assert table.of("q")[0].name == "c"
+    assert (table.serves("a"), table.serves("d"), table.serves("")) == (True, False, False)
+
+
+@pytest.fixture
+def hub(address):
+    hub = Hub(address)
+    thread = threading.Thread(target=hub.serve)
+    thread.start()
+    yield hub
+    hub.stop()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_ranks_of_two_jobs_never_meet(hub, address):
+    """At one hub, with equal places: updates go to the job's own server, and a stolen name moves nothing."""
+    crowds = {}
+    for name in ("a", "b"):
+        crowd = crowds[name] = Crowd(address, job=name)
+        crowd.trainer, crowd.server = crowd.join("trainer", 0, 1), crowd.join("server", 0, 1)
+    both = [rank for crowd in crowds.values() for rank in crowd.ranks.values()]
+    for crowd in crowds.values():
+        assert crowd.run(lambda c=crowd: all(rank.is_member for rank in c.ranks.values()), 10)
+    one, other = crowds["a"], crowds["b"]
+    one.trainer.send(enter(one.trainer, 1))
+    assert one.run(lambda: one.trainer.outcomes, 10)
+    assert (one.trainer.outcomes[0].ok, one.trainer.outcomes[0].servers) == (True, 1)
+    other.run(lambda: False, 0.2)
+    assert not other.server.outcomes
+    with weightbus.Client(address, job="a") as a, weightbus.Client(address, job="b") as b:
+        assert (a.status().version, b.status().version) == (1, None)
+        assert a.status().jobs == ["a", "b"]
+        # A rank that says another job's name is not known there.
+        other.trainer.header = other.trainer.header._replace(job="a")
+        other.trainer.send(enter(other.trainer, 2))
+        other.run(lambda: not other.trainer.is_member, 10)
+        assert (a.status().version, a.status().phase, b.status().phase) == (1, "", "")
+        assert b.pause(5.0).ok
+        assert (a.status().paused_s, b.status().paused_s > 0) == (0.0, True)
+    with weightbus.Client(address) as nobody:
+        refused = nobody.pause(5.0)
+        assert (refused.ok, refused.reason) == (False, "job '': expected one that has ranks here, ['a', 'b']")
+        assert not nobody.replicas().replicas
+    for crowd in crowds.values():
+        crowd.close()
+    assert len(both) == 4
+
+
+def net(value):
+    net = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(value)
+    return net
+
+
+def _trainer(rank, size, *, value):
+    with weightbus.Publisher(net(value), connect_timeout_s=30, join_timeout_s=30) as publisher:
+        report = publisher.update(1)
+        return report.job, report.incarnation, report.word, report.servers
+
+
+def _server(rank, size):
+    target = net(0.0)
+    with weightbus.Subscriber(target, connect_timeout_s=30) as subscriber:
+        subscriber.serve()
+    return target.bias.unique().tolist()
+
+
+def test_two_jobs_of_one_host_share_the_default_address(address):
+    """Named by the environment, started together, of equal shapes; the address is the environment's, too."""
+    ranks = [
+        Job(run=run, arguments=arguments, env={"WEIGHTBUS_JOB": name, "WEIGHTBUS_ADDRESS": address})
+        for name, value in (("a", 1.0), ("b", 2.0))
+        for run, arguments in ((_trainer, {"value": value}), (_server, {}))
+    ]
+    results = run_jobs(ranks[0], ranks[3], ranks[2], ranks[1])
+    assert [one for (one,) in results] == [("a", 1, "verified", 1), [2.0], ("b", 1, "verified", 1), [1.0]]
+
+
+@pytest.mark.parametrize("name", ["", "a", "team/run-7", "x" * 64])
+def test_a_jobs_name(name, monkeypatch):
+    monkeypatch.setenv("WEIGHTBUS_JOB", "from the environment" if name else "b")
+    assert identity.job_of(name) == name
+    monkeypatch.setenv("WEIGHTBUS_JOB", name)
+    assert identity.job_of(None) == name
+
+
+@pytest.mark.parametrize("name", ["a b", "x" * 65, "a\n", "\x1b[31m", 7])
+def test_no_jobs_name(name):
+    with pytest.raises(SpecError, match="job: expected at most 64 of the characters"):
+        weightbus.Publisher(net(1.0), job=name)
+    with pytest.raises(SpecError, match="job: expected"):
+        weightbus.Client(job=name)
+
+
+# -- the same place twice --------------------------------------------------------------------------
+
+
+def _publish(address, **options):
+    return weightbus.Publisher(net(1.0), address=address, rank=0, size=1, join_timeout_s=15, **options)
+
+
+def _subscribe(address, **options):
+    return weightbus.Subscriber(net(0.0), address=address, rank=0, replica_size=1, **options)
+
+
+@pytest.mark.parametrize("job", ["", "named"])
+@pytest.mark.parametrize("first", [_publish, _subscribe])
+def test_one_process_takes_a_place_once(hub, address, first, job):
+    end = "publisher" if first is _publish else "subscriber"
+    held = first(address, job=job)
+    refused = []
+
+    def again():
+        with pytest.raises(SpecError, match=f"{end}: this process has one of job '{job}' at") as caught:
+            first(address, job=job)
+        refused.append(str(caught.value))
+
+    again()
+    thread = threading.Thread(target=again)
+    thread.start()
+    thread.join(10)
+    assert len(refused) == 2
+    # The refused one has taken nothing with it; another job, and the other end, have places of their own.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(first(address, job=job + "other"))
+        stack.enter_context((_subscribe if first is _publish else _publish)(address, job=job))
+        held.close()
+        stack.enter_context(first(address, job=job))
+
+
+def test_the_first_publisher_sends_its_own_source(hub, address):
+    target = net(0.0)
+    with (
+        _publish(address) as first,
+        weightbus.Subscriber(target, address=address, rank=0, replica_size=1) as subscriber,
+    ):
+        with pytest.raises(SpecError, match="publisher: this process has one"):
+            weightbus.Publisher(net(2.0), address=address, rank=0, size=1)
+        assert first.update(1).verified
+        assert target.bias.unique().tolist() == [1.0]
+        assert subscriber.version == 1
