@@ -103,6 +103,7 @@ LAYERS = {
         "ends",
         "witness",
         "planned",
+        "giving_up",
         "turn",
         "load",
         "save",

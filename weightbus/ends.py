@@ -169,7 +169,7 @@ class Destination(_End):
         self.state: State = "empty"
         self.version: int | None = None
         self.error: WeightbusError | None = None
-        self._before: State = "empty"
+        self._before: State | None = None  # of an update that goes on: the state before it
         self._torn: set[str] = set()  # modules that hold a mixture
         self._traces: Traces = {}
         self._last: tuple[Target, tuple[tuple[str, ...] | None, bool]] | None = None
@@ -319,9 +319,11 @@ class Destination(_End):
             self._on_update(version)
 
     def after(self, outcome: m.Outcome, version: int, modules: Sequence[str] | None, wrote: bool) -> None:
-        """Exactly one of the callbacks ``on_commit``, ``on_torn``, ``on_refused``."""
+        """Exactly one of the callbacks ``on_commit``, ``on_torn``, ``on_refused``, once for each ``before``."""
+        if (before := self._closes(outcome, f"version {version}")) is None:
+            return
         if not outcome.ok:
-            self._failed(outcome, f"version {version}", modules, wrote)
+            self._failed(outcome, f"version {version}", modules, wrote, before)
             return
         self.version = version
         self._torn -= set(self._keys(modules))
@@ -349,26 +351,39 @@ class Destination(_End):
         what: where the tensors came from. complete: it was of all tensors; only such a one leads out of
         ``empty``. What it wrote is no longer any version of the trainer's, and a check will say so.
         """
+        if (before := self._closes(outcome, f"load of {what}")) is None:
+            return
         if not outcome.ok:
-            self._failed(outcome, f"load of {what}", modules, wrote)
+            self._failed(outcome, f"load of {what}", modules, wrote, before)
             return
         self.forget(modules)
         label = "" if version is None else f"version {version}, "
         self._loaded |= dict.fromkeys(self._keys(modules), f"{label}loaded from {what}")
         self._torn -= set(self._keys(modules))
-        self.state = "ready" if complete else self._before
+        self.state = "ready" if complete else before
         self.version, self.error = version, None
         if self._on_commit:
             self._on_commit(version)
 
-    def _failed(self, outcome: m.Outcome, what: str, modules: Sequence[str] | None, wrote: bool) -> None:
+    def _closes(self, outcome: m.Outcome, what: str) -> State | None:
+        """The state before the update that ends here; None if none was begun: then the engine was told of
+        nothing, and its state stays."""
+        before, self._before = self._before, None
+        if before is None and not outcome.ok:
+            self.error = UpdateError(f"{what} refused: " + "; ".join(map(str, outcome.failures)))
+            log.error("%s", self.error)
+        return before
+
+    def _failed(
+        self, outcome: m.Outcome, what: str, modules: Sequence[str] | None, wrote: bool, before: State
+    ) -> None:
         reasons = "; ".join(map(str, outcome.failures))
         if wrote:
             self.forget(modules)
             self._torn |= set(self._keys(modules))
             self._tear(f"{what}: {reasons}")
         else:
-            self.state = self._before
+            self.state = before
             self.error = UpdateError(f"{what} refused: {reasons}")
             log.error("%s", self.error)
             if self._on_refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -323,17 +324,21 @@ class Link:
             if answer is not None and self.rounds.accepts(answer):
                 return answer
             if isinstance(answer, m.Offer | m.TaskOffer):
-                self._decline(answer)
+                self.decline(answer, f"this rank is in round {self.rounds.header.update}")
             if left <= 0:
                 return None
 
-    def _decline(self, offer: m.Offer | m.TaskOffer) -> None:
-        """Of a round that this rank is not in: the others need not wait for it."""
-        header, self.rounds.header = self.rounds.header, offer.header._replace(job=self.job)
-        try:
-            self.send(m.Refuse(peer=self.peer, reason=f"this rank is in round {header.update}"))
-        finally:
-            self.rounds.header = header
+    def decline(self, offer: m.Offer | m.TaskOffer, reason: str) -> None:
+        """A round that this rank takes no part in: the others need not wait for it."""
+        with self.rounds.beside(offer):
+            self.send(m.Refuse(peer=self.peer, reason=reason))
+
+    def forsake(self, reason: str) -> None:
+        """Leave, to join again with the next call: nothing that is still to come is then for this rank."""
+        with contextlib.suppress(HubError):
+            for role in self._hellos:
+                self.send(m.Leave(peer=self.peer, role=role))  # type: ignore[arg-type]
+        self._lost = self._lost or reason
 
     def _next(self, timeout_s: float, spin_s: float) -> wire.FromHub | None:
         """One message, by whichever way it comes."""
@@ -400,8 +405,9 @@ class Link:
             while not self._stop.is_set():
                 try:
                     self._one_beat(connection, beat_s)
-                except (HubError, ProtocolError) as error:
-                    log.warning("%s", error)
+                except Exception as error:  # without beats the hub would take this rank for dead
+                    log.warning("heartbeat: %s: %s", type(error).__name__, error)
+                    self._is_lost(f"a heartbeat has failed, {type(error).__name__}: {error}")
                 self._stop.wait(beat_s)
         finally:
             connection.close()
@@ -419,8 +425,14 @@ class Link:
                 what = "has dropped this rank" if answer.hub == self._hub else "is a new one"
                 self._lost = self._lost or f"the hub at {self.address} {what}"
             return
-        silent = now - self._heard
-        if silent > REPLACE_AFTER_S and self._start_hub_dead_after_s is not None and "trainer" in self._hellos:
-            ensure_hub(self.address, dead_after_s=self._start_hub_dead_after_s, keys=self.keys)
+        self._is_lost("")
+        replaces = self._start_hub_dead_after_s is not None and "trainer" in self._hellos
+        if now - self._heard > REPLACE_AFTER_S and replaces:
+            ensure_hub(self.address, dead_after_s=self._start_hub_dead_after_s, keys=self.keys)  # type: ignore[arg-type]
+
+    def _is_lost(self, why: str) -> None:
+        """After no answer to a beat: whether the hub counts as lost, and then as what."""
+        silent = self.silent_s
         if silent > DEAD_AFTER_S:
-            self._lost = self._lost or f"the hub at {self.address} has not answered for {silent:.1f} s"
+            text = f"the hub at {self.address} has not answered for {silent:.1f} s"
+            self._lost = self._lost or (f"{text}: {why}" if why else text)

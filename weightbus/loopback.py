@@ -100,6 +100,13 @@ class Loopback:
     def push_back(self, message: FromHub) -> None:
         self._inbox.appendleft(message)
 
+    def decline(self, offer: m.Offer | m.TaskOffer, reason: str) -> None:
+        with self.rounds.beside(offer):
+            self.send(m.Refuse(peer=self.peer, reason=reason))
+
+    def forsake(self, reason: str) -> None:
+        self._inbox.clear()
+
     # Its hub can't be lost.
     lost = ""
     silent_s = 0.0

@@ -21,6 +21,7 @@ the live weights count, go from ENTER straight to RUN.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import deque
@@ -38,6 +39,8 @@ from weightbus.requests import Requests
 from weightbus.roster import Peer, Roster
 from weightbus.spec import fingerprint
 from weightbus.tasks import Tasks
+
+log = logging.getLogger("weightbus.hub")
 
 # Once one member has failed, the others may still say within this time what they know of it.
 GRACE_S = 1.0
@@ -94,6 +97,9 @@ class Round:
     dones: dict[str, m.Done] = field(default_factory=dict)
     inquiry: Inquiry | None = None
     seed: bytes | None = None
+    # Trainer ranks that have called for it, and members that follow it no more.
+    calls: set[str] = field(default_factory=set)
+    given_up: set[str] = field(default_factory=set)
     # When each phase began, and when each member answered it, for the timeline.
     phases: dict[str, float] = field(default_factory=dict)
     answered: dict[tuple[str, Phase], float] = field(default_factory=dict)
@@ -182,6 +188,8 @@ class Coordinator:
             self.advance(now)
             return True
         round = self.round
+        if isinstance(message, m.Refuse) and self._gives_up(message, now):
+            return True
         if round is None or message.header != round.header or message.peer not in round.expected:
             return False
         if message.peer in round.answers or not isinstance(message, ANSWERS[round.phase]):
@@ -191,6 +199,29 @@ class Coordinator:
         reason = message.reason if isinstance(message, m.Refuse) else getattr(message, "error", "")
         if reason and not isinstance(message, m.Probed):
             self._note(round, str(round.members[message.peer]), reason, now)
+        self.advance(now)
+        return True
+
+    def _gives_up(self, refuse: m.Refuse, now: float) -> bool:
+        """A rank follows the round no more, in whichever phase, or before it has heard the offer."""
+        for deadline, enter in self._early:
+            if enter.peer == refuse.peer and not refuse.update:
+                self._early.remove((deadline, enter))
+                self._refuse_enter(enter, refuse.reason)
+                return True
+        round = self.round
+        if round is None:
+            return False
+        called = not refuse.update and refuse.peer in (round.answers if round.offer is None else round.calls)
+        if not called and (refuse.header != round.header or refuse.peer not in round.members):
+            return False
+        if refuse.peer in round.given_up:
+            return False
+        round.given_up.add(refuse.peer)
+        member = round.members.get(refuse.peer) or self.roster.peers[refuse.peer].member()
+        self._note(round, str(member), refuse.reason, now)
+        if round.phase is not Phase.ENTER and refuse.peer in round.expected:
+            round.answers[refuse.peer] = refuse
         self.advance(now)
         return True
 
@@ -213,10 +244,28 @@ class Coordinator:
         """Take the next step if all have answered, or end the round if its time is over."""
         self._now = now
         self._admit_early(now)
-        self.tasks.advance(now, free=self.round is None or self.round.phase is Phase.ENTER)
+        self._advance_tasks(now)
         round = self.round
         if round is None:
             return
+        try:
+            self._advance(round, now)
+        except Exception as error:
+            # An answer that makes no sense, or a fault of the hub's own, ends the round, and nothing else.
+            log.exception("round %d can't go on", round.update)
+            if self.round is round:
+                reason = f"{type(error).__name__} in phase {round.phase.name}: {error}"[:1000]
+                round.failures.append(m.Failure(rank="hub", tensor=None, reason=reason))
+                self._end(round, "failed", now)
+
+    def _advance_tasks(self, now: float) -> None:
+        try:
+            self.tasks.advance(now, free=self.round is None or self.round.phase is Phase.ENTER)
+        except Exception as error:
+            log.exception("a task can't go on")
+            self.tasks.break_off(f"{type(error).__name__} in the hub: {error}"[:1000], now)
+
+    def _advance(self, round: Round, now: float) -> None:
         if round.phase is not Phase.ENTER and len(round.answers) < len(round.expected) and now < round.deadline:
             return
         missing = self.missing(now)
@@ -288,6 +337,7 @@ class Coordinator:
             )
             self._group, self._broken, self._introduced = group, False, False
         round.header = self.header(round.update)
+        round.calls = set(round.answers)
         facts = [answer.facts for p in group if isinstance(answer := round.answers.get(p), m.Enter)]
         plan = fingerprint([self._group_token, self.epoch, enter.modules, enter.settings, *facts])
         round.offer = m.Offer(

@@ -50,6 +50,16 @@ class Rounds:
             self.header = self.header._replace(update=0)
             self.entered = entered and isinstance(offer, m.TaskOffer)
 
+    @contextlib.contextmanager
+    def beside(self, offer: m.Offer | m.TaskOffer) -> Iterator[None]:
+        """For one word to a round that this rank takes no part in."""
+        header, self.header = self.header, offer.header
+        try:
+            yield
+        finally:
+            self._ended.append(offer.update)
+            self.header = header
+
     def accepts(self, message: FromHub) -> bool:
         """Whether to act upon ``message``; if not, it is counted."""
         taken = self._accepts(message)

@@ -21,6 +21,7 @@ from weightbus.bucket import Staging
 from weightbus.client import Client
 from weightbus.ends import Destination, Origin
 from weightbus.errors import HubError, ProtocolError, SpecError, UpdateError
+from weightbus.giving_up import failed, give_up
 from weightbus.group import Group
 from weightbus.hub import HUB_SPIN_S, SPIN_S
 from weightbus.identity import address_of, job_of
@@ -30,7 +31,7 @@ from weightbus.link import REJOIN_S, HubLost, Link
 from weightbus.loopback import PREFIX, Loopback
 from weightbus.planned import Planned
 from weightbus.task_turn import MakeSave, TaskTurn, raise_for
-from weightbus.turn import SLACK_S, Progress, SourceCopy, Turn
+from weightbus.turn import SLACK_S, Progress, SourceCopy, Turn, explain
 from weightbus.wire import FromHub
 
 log = logging.getLogger("weightbus")
@@ -168,18 +169,43 @@ class Session:
         return outcome
 
     def _to_the_end(self, turn: Turn, offer: m.Offer | None, wait_s: float, *, again: bool) -> m.Outcome | None:
-        """The outcome; None if the hub was lost before it had offered anything, and ``again`` is wished for."""
+        """The outcome; None if the hub was lost before it had offered anything, and ``again`` is wished for.
+
+        Whatever happens, the turn is told of one outcome: the only one that all are told, or, where the hub is
+        not heard, that it has failed.
+        """
+        outcome: m.Outcome | None = None
         with contextlib.ExitStack() as stack:
             stack.callback(turn.close)
             try:
-                return self._follow(turn, offer, wait_s, stack)
+                outcome = self._follow(turn, offer, wait_s, stack)
             except HubLost as lost:
                 if again and turn.offer is None:
                     return None
-                return turn.ended(self._orphaned(turn, lost))
+                log.warning("%s", lost)
+                outcome = failed(self.link.rounds, "hub", str(lost), moved=turn.moved)
+                outcome = self._orphaned(turn) or outcome
+            except BaseException as error:
+                reason = explain(error)
+                outcome = failed(self.link.rounds, turn.rank, reason, moved=turn.moved)
+                outcome = self._give_up(reason, entered=turn.offer is None) or outcome
+                raise
             finally:
                 if turn.farewell is not None:
                     self.link.push_back(turn.farewell)
+                if outcome is not None:
+                    turn.ended(outcome)
+        return outcome
+
+    def _give_up(self, reason: str, *, entered: bool) -> m.Outcome | None:
+        heard = False
+        try:
+            outcome = give_up(self.link, reason)
+            heard = outcome is not None
+        finally:
+            if entered and not heard:
+                self.link.forsake(f"this rank has given up a call: {reason}")
+        return outcome
 
     def _follow(
         self, turn: Turn, offer: m.Offer | None, wait_s: float, stack: contextlib.ExitStack
@@ -205,7 +231,7 @@ class Session:
                     turn.gathered(message)
                 case m.Go():
                     if (ended := turn.go(message)) is not None:
-                        return turn.ended(ended)
+                        return ended
                 case m.Detail():
                     turn.detail(message)
                 case m.Suspects():
@@ -213,7 +239,7 @@ class Session:
                 case m.Probe():
                     turn.probe(message)
                 case m.Outcome():
-                    return turn.ended(message)
+                    return message
                 case m.TaskOffer() if turn.offer is None:
                     self.take_part(message)
                 case m.Farewell():
@@ -221,9 +247,25 @@ class Session:
                 case _:
                     raise ProtocolError(f"expected a message of an update, got {type(message).__name__}")
 
-    def take_part(self, offer: m.TaskOffer) -> m.Outcome:
-        """In a task that somebody has asked for."""
-        return TaskTurn(self, offer).follow()
+    def take_part(self, offer: m.TaskOffer) -> None:
+        """In a task that somebody else has asked for; what became of it is said by state and callbacks."""
+        try:
+            TaskTurn(self, offer).follow()
+        except HubLost as lost:
+            log.warning("%s", lost)
+
+    def _out_of_turn(self, message: FromHub) -> None:
+        """The start of a round, heard while this rank waits for something else: it takes part, or says that it
+        does not. Dropped in silence, both ends would wait for it until their deadlines."""
+        if isinstance(message, m.TaskOffer):
+            self.take_part(message)
+        elif isinstance(message, m.Offer):
+            if self.destination is not None:
+                self.follow(message, Progress())
+            else:
+                self.link.decline(message, "this trainer rank has given up its call")
+        else:
+            log.info("late: %s", type(message).__name__)
 
     def call_task(
         self,
@@ -254,10 +296,10 @@ class Session:
                     if client:
                         client.end(id, 1.0)  # the same outcome, as the client hears it
                     return outcome, turn
-                if isinstance(message, m.Offer):
-                    self.follow(message, Progress())
-                elif isinstance(message, m.Farewell):
+                if isinstance(message, m.Farewell):
                     stack.callback(self.link.push_back, message)  # a task needs no trainer
+                elif message is not None:
+                    self._out_of_turn(message)
                 elif client and (end := client.end(id, 0.0)) is not None:
                     raise_for(end, "task")
                 if time.monotonic() > deadline + SLACK_S:
@@ -293,34 +335,29 @@ class Session:
                 if isinstance(message, m.Polled) and message.number == self._polls:
                     return message.task
                 if message is not None:
-                    log.info("late: %s", type(message).__name__)
+                    self._out_of_turn(message)
         except HubLost as lost:
             log.warning("%s", lost)
         return None
 
     # -- a hub that is lost ------------------------------------------------------------------------
 
-    def _orphaned(self, turn: Turn, lost: HubLost) -> m.Outcome:
-        """The outcome of an update in which the hub was lost.
+    def _orphaned(self, turn: Turn) -> m.Outcome | None:
+        """The outcome of an update in which the hub was lost; None if it has failed.
 
         It may have been committed: where this rank has done its part, a new hub is asked, which learns it
         from any rank that has heard. Otherwise it has failed, and what was written is a mixture.
         """
-        log.warning("%s", lost)
-        reason = str(lost)
-        if turn.finished and turn.seed is not None:
-            self._unheard = turn.seed
-            try:
-                outcome = self._await_outcome(time.monotonic() + UNHEARD_S)
-            except HubError as error:
-                outcome, reason = None, str(error)
-            finally:
-                self._unheard = None
-            if outcome is not None:
-                return outcome
-        failure = m.Failure(rank="hub", tensor=None, reason=reason)
-        moved = turn.seed is not None
-        return m.Outcome(ok=False, moved=moved, verdict="failed", failures=[failure])
+        if not turn.finished or turn.seed is None:
+            return None
+        self._unheard = turn.seed
+        try:
+            return self._await_outcome(time.monotonic() + UNHEARD_S)
+        except HubError as error:
+            log.warning("%s", error)
+            return None
+        finally:
+            self._unheard = None
 
     def _await_outcome(self, deadline: float) -> m.Outcome | None:
         while (left := deadline - time.monotonic()) > 0:

@@ -163,7 +163,12 @@ class Subscriber:
             return False
         message = self._session.receive(timeout_s)
         if self._agree is not None:
-            waiting = self._agree(isinstance(message, m.Offer | m.TaskOffer))
+            try:
+                waiting = self._agree(isinstance(message, m.Offer | m.TaskOffer))
+            except BaseException:
+                if message is not None:
+                    self._session.link.push_back(message)  # the next poll takes part
+                raise
             if waiting and message is None:
                 message = self._session.receive(30.0)
         match message:

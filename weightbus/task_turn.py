@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from weightbus import messages as m
-from weightbus.errors import HubError, SpecError, TornError, UpdateError
+from weightbus.errors import SpecError, TornError, UpdateError
+from weightbus.giving_up import failed, give_up
+from weightbus.link import HubLost
 from weightbus.load import Load
 from weightbus.probe import Probe
 from weightbus.turn import SLACK_S, Ended, explain, look_at
 
 if TYPE_CHECKING:
     from weightbus.session import Session
+
+
+log = logging.getLogger("weightbus")
 
 
 class Work(Protocol):
@@ -44,23 +50,37 @@ class TaskTurn:
         a save, on a rank that has called for one."""
         self.session, self.offer, self._report = session, offer, report
         self._expected, self._save = expected, save
-        self._began = False
+        self._writes = False
         self._farewell: m.Farewell | None = None
         self.work: Work | None = None
 
     def follow(self) -> m.Outcome:
-        """From the offer to the outcome. Raises HubError if the hub is lost."""
-        try:
-            with self.session.link.rounds.within(self.offer):
+        """From the offer to the outcome, of which this rank is told once, whatever happens.
+
+        Raises HubLost once it has been told, if the hub is lost.
+        """
+        rounds, link = self.session.link.rounds, self.session.link
+        outcome: m.Outcome | None = None
+        with rounds.within(self.offer):
+            try:
                 outcome = self._follow()
-        except Ended as ended:
-            outcome = ended.outcome
-        finally:
-            if self.work is not None:
-                self.work.close()
-        self._ended(outcome)
-        if self._farewell is not None:
-            self.session.link.push_back(self._farewell)
+            except Ended as ended:
+                outcome = ended.outcome
+            except BaseException as error:
+                reason = explain(error)
+                outcome = failed(rounds, "this rank", reason, moved=self._writes)
+                if not isinstance(error, HubLost):
+                    outcome = give_up(link, reason) or outcome
+                raise
+            finally:
+                if self._farewell is not None:
+                    link.push_back(self._farewell)
+                try:
+                    if self.work is not None:
+                        self.work.close()
+                finally:
+                    if outcome is not None:
+                        self._ended(outcome)
         return outcome
 
     def _follow(self) -> m.Outcome:
@@ -71,10 +91,11 @@ class TaskTurn:
             message = link.receive(limit_s)
             match message:
                 case None:
-                    raise HubError(f"no word from {link.address} for {limit_s:.0f} s in a task")
+                    raise HubLost(f"no word from {link.address} for {limit_s:.0f} s in a task")
                 case m.Gathered(of="prepare"):
                     self._try(lambda gathered=message: self._check(gathered))  # type: ignore[misc]
                 case m.Go():
+                    self._writes = True
                     self._write()
                 case m.Gathered(of="write"):
                     self._finish(message)
@@ -83,7 +104,7 @@ class TaskTurn:
                 case m.Farewell():
                     self._heard_farewell(message)
                 case _:
-                    pass  # of a round that has ended
+                    log.info("late: %s", type(message).__name__)
         raise AssertionError
 
     def _try(self, step: Callable[[], m.Message]) -> None:
@@ -122,7 +143,6 @@ class TaskTurn:
         assert self.work is not None, "the hub gathers what was prepared"
         self.work.check(gathered)
         if isinstance(self.work, Load) and self.session.destination:
-            self._began = True
             self.session.destination.before(self.work.version)
         return m.Ready(peer=self.session.link.peer)
 
@@ -165,7 +185,7 @@ class TaskTurn:
         destination, work = self.session.destination, self.work
         if not isinstance(self.offer.task, m.LoadTask) or destination is None:
             return
-        if self._began and isinstance(work, Load):
+        if isinstance(work, Load):
             destination.after_load(
                 outcome, work.version, work.modules, work.wrote, what=work.what, complete=work.complete
             )

@@ -163,7 +163,11 @@ class Tasks:
         if going is None or not isinstance(message, Answer) or message.header != going.header:
             return False
         member = going.member(message.peer)
-        if member is None or message.peer in going.answers or not isinstance(message, ANSWERS[going.step]):
+        if member is None or (not isinstance(message, m.Refuse) and message.peer in going.answers):
+            return False
+        if isinstance(going.answers.get(message.peer), m.Refuse):
+            return False
+        if not isinstance(message, (m.Refuse, *ANSWERS[going.step])):
             return False
         going.answers[message.peer] = message
         reason = message.reason if isinstance(message, m.Refuse) else getattr(message, "error", "")
@@ -340,6 +344,12 @@ class Tasks:
         self._send(going, outcome)
         self.replies.append((going.request.client, end))
         self.going = None
+
+    def break_off(self, reason: str, now: float) -> None:
+        """A fault ends the task that is going on, and no other."""
+        if self.going is not None:
+            self.going.failures.append(m.Failure(rank="hub", tensor=None, reason=reason))
+            self._end(self.going, "failed", now)
 
     def _refuse(self, request: Waiting, reason: str) -> None:
         failure = m.Failure(rank="hub", tensor=None, reason=reason)

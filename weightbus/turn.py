@@ -116,6 +116,16 @@ class Turn:
         return self._offer.members[self._rank]
 
     @property
+    def rank(self) -> str:
+        """This rank, for messages."""
+        return str(self._me) if self.offer and self.offer.members else "this rank"
+
+    @property
+    def moved(self) -> bool:
+        """Whether bytes may have been written somewhere."""
+        return self.seed is not None
+
+    @property
     def _planned(self) -> Planned | None:
         return self.session.plan(self._offer.plan)
 
@@ -496,19 +506,27 @@ class Turn:
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def ended(self, outcome: m.Outcome) -> m.Outcome:
-        """Take over the outcome; the engine's callbacks run here."""
-        session, offer = self.session, self.offer
+    def ended(self, outcome: m.Outcome) -> None:
+        """Take over the outcome; called once, whatever the round's end. The engine's callback comes last."""
+        offer, destination = self.offer, self.session.destination
         self._lap("commit")
         if offer is None or offer.kind == "check":
-            return outcome
+            return
+        try:
+            self._take_over(outcome, offer)
+        finally:
+            if offer.kind == "update" and destination is not None and (not offer.members or self._me.server):
+                destination.after(outcome, offer.version, offer.modules, self.progress.wrote)
+
+    def _take_over(self, outcome: m.Outcome, offer: m.Offer) -> None:
+        session = self.session
         if outcome.ok:
             session.seal(self.seed, outcome, offer.version)
         if offer.kind == "label":
             for labelled in (session.origin, session.destination):
                 if labelled is not None and outcome.ok:
                     labelled.label(offer.version)
-            return outcome
+            return
         if not outcome.ok and outcome.moved:
             # Transfers may be pending, and nothing may arrive any more once the outcome is known.
             session.drop_group(abort=True)
@@ -521,9 +539,6 @@ class Turn:
             for end, record in ((session.origin, evidence.sent), (session.destination, evidence.live)):
                 if end is not None and record is not None:
                     end.commit(record, offer.modules) if offer.verify else end.forget(offer.modules)
-        if self._me.server and session.destination:
-            session.destination.after(outcome, offer.version, offer.modules, self.progress.wrote)
-        return outcome
 
 
 def look_at(link: Link | Loopback, farewell: Callable[[m.Farewell], None]) -> Callable[[], None]:
@@ -550,5 +565,7 @@ def look_at(link: Link | Loopback, farewell: Callable[[m.Farewell], None]) -> Ca
     return look
 
 
-def explain(error: Exception) -> str:
-    return str(error) if isinstance(error, WeightbusError) else f"{type(error).__name__}: {error}"
+def explain(error: BaseException) -> str:
+    if isinstance(error, WeightbusError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else f"interrupted by {type(error).__name__}"
