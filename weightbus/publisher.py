@@ -25,6 +25,7 @@ from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
 from weightbus.report import Mismatch, Report, Saved, Verdict
 from weightbus.save import Save
+from weightbus.saved_names import modules_of
 from weightbus.session import Session
 from weightbus.torch_start import start_token
 from weightbus.turn import Progress, SourceCopy
@@ -336,7 +337,8 @@ class Publisher:
             self._session.forget_plans()
 
         def work(offer: m.TaskOffer, task: m.SaveTask, place: int, look: Callable[[], None]) -> Save:
-            return Save(task, place, self._origin.layout, look=look, progress=report)
+            modules = modules_of(self._origin.source)
+            return Save(task, place, self._origin.layout, look=look, progress=report, modules=modules)
 
         try:
             outcome, turn = self._session.call_task(

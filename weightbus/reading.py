@@ -12,7 +12,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -416,17 +416,27 @@ class Reader:
 class Writer:
     """Writes pieces into files that exist, and digests them on the way; what it has written is on the disk."""
 
-    def __init__(self, device: torch.device, check: Check) -> None:
+    def __init__(self, device: torch.device, check: Check, open_file: Callable[[Path], int]) -> None:
+        """open_file: gives a descriptor, which is closed here."""
         self._threads = _Threads(device, check)
+        self._open = open_file
         self._files: dict[Path, int] = {}
 
     def write(
-        self, pieces: Sequence[Piece], views: Mapping[int, Tensor], progress: Callable[[int], None]
+        self,
+        pieces: Sequence[Piece],
+        views: Mapping[int, Tensor],
+        progress: Callable[[int], None],
+        *,
+        skip: Container[int] = (),
     ) -> dict[int, tuple[int, int]]:
-        """Write each piece of a view, which ``views`` gives by number; returns their sums by number."""
+        """Write each piece of a view, which ``views`` gives by number; returns their sums by number.
+
+        skip: numbers of reads that are digested and not written.
+        """
         sums = _Sums()
-        for path in {piece.stored.path for piece in pieces}:
-            self._files[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        for path in {piece.stored.path for piece in pieces if piece.number not in skip}:
+            self._files[path] = self._open(path)
 
         def work(piece: Piece, worker: _Worker) -> None:
             view = views[piece.number][piece.within]
@@ -437,7 +447,8 @@ class Writer:
                 worker.copy(tensor, view)
                 worker.drain()
             sums.add(piece, tensor)
-            self._put(piece, memory_of(tensor))
+            if piece.number not in skip:
+                self._put(piece, memory_of(tensor))
 
         self._threads.run(pieces, work, progress)
         for file in self._files.values():

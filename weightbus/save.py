@@ -3,111 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
+from torch import nn
 
 from weightbus import messages as m
 from weightbus.box import Box
-from weightbus.checkpoint import INDEX_SUFFIX
+from weightbus.checkpoint import INDEX_SUFFIX, STEMS
 from weightbus.digest import combine
 from weightbus.digest_list import NAME as DIGEST_LIST
 from weightbus.digest_list import PartSums, digests_of, saved_of
-from weightbus.disk import DTYPES, Stored
-from weightbus.errors import SpecError
+from weightbus.disk import Stored
+from weightbus.errors import SpecError, UpdateError
 from weightbus.facts import Facts, Holding, decode_facts, encode_facts
 from weightbus.layout import Layout
+from weightbus.opened import check_plain_name
 from weightbus.plan import merge_sources
 from weightbus.reading import Read, Writer, pieces_of
+from weightbus.save_plan import File, Places, merge_places, owners, places_of, plan_files, usual_places
+from weightbus.saved_names import file_stem, tied_patterns
+from weightbus.scratch import Scratch, open_made, scratch_name
 from weightbus.spec import ITEMSIZE, Spec
-
-_DTYPES = {ours: theirs for theirs, ours in DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class File:
-    """A safetensors file of a save: its header, and where its tensors lie, by their names in the file."""
-
-    path: Path
-    header: bytes
-    nbytes: int
-    tensors: Mapping[str, Stored]
-
-
-def plan_files(
-    folder: Path, specs: Mapping[str, Spec], file_bytes: int, metadata: Mapping[str, str]
-) -> list[File]:
-    """Files of at most ``file_bytes`` of data (a tensor is never cut), in the order of the specs.
-
-    Raises SpecError for a dtype that safetensors does not have.
-    """
-    groups: list[list[tuple[str, Spec]]] = []
-    fill = 0
-    for name, spec in specs.items():
-        if spec.dtype not in _DTYPES:
-            raise SpecError(f"{name}: expected a dtype that safetensors has, got {spec.dtype}")
-        if not groups or (fill and fill + spec.nbytes > file_bytes):
-            groups.append([])
-            fill = 0
-        groups[-1].append((name, spec))
-        fill += spec.nbytes
-    files = []
-    for number, group in enumerate(groups, start=1):
-        one = len(groups) == 1
-        name = "model.safetensors" if one else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        files.append(_file(folder / name, group, metadata))
-    return files
-
-
-def _file(path: Path, group: Sequence[tuple[str, Spec]], metadata: Mapping[str, str]) -> File:
-    # The widest first, as safetensors orders them, so that each lies aligned.
-    group = sorted(group, key=lambda row: (-ITEMSIZE[row[1].dtype], row[0].encode()))
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, spec in group:
-        shape = list(spec.shape)
-        entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": shape, "data_offsets": [at, at + spec.nbytes]}
-        at += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    begin = len(header)
-    tensors = {}
-    for name, spec in group:
-        tensors[name] = Stored(spec=spec, path=path, begin=begin, end=begin + spec.nbytes)
-        begin += spec.nbytes
-    return File(path=path, header=header, nbytes=begin, tensors=tensors)
-
-
-def owners(sources: Mapping[int, Facts]) -> dict[tuple[str, Box], int]:
-    """Which rank writes each distinct box: of those that hold it, the one with the least to write so far."""
-    holders: dict[tuple[str, Box], list[int]] = {}
-    nbytes: dict[tuple[str, Box], int] = {}
-    for rank, facts in sources.items():
-        for name, holding in facts.items():
-            for box in holding.boxes:
-                if box.volume:
-                    holders.setdefault((name, box), []).append(rank)
-                    nbytes[name, box] = box.volume * ITEMSIZE[holding.spec.dtype]
-    load = dict.fromkeys(sources, 0)
-    chosen = {}
-    for key in sorted(holders, key=lambda key: (key[0].encode(), key[1].offsets)):
-        chosen[key] = min(holders[key], key=lambda rank: (load[rank], rank))
-        load[chosen[key]] += nbytes[key]
-    return chosen
 
 
 class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
     """What a rank tells the others before it is ready. scratch: the name that trainer rank 0 gives the
-    directory until it is whole."""
+    directory until it is whole. places: of tensors that do not lie where ``usual_places`` says. stems: by
+    folder, what files are named by; trainer rank 0's count."""
 
     facts: bytes
     scratch: m.Name
+    places: dict[m.Name, list[tuple[str, m.Name]]] = {}
+    stems: dict[str, str] = {}
 
 
 class Save:
@@ -121,14 +50,19 @@ class Save:
         *,
         look: Callable[[], None],
         progress: Callable[[int, int], None],
+        modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
+        """modules: of the source, by name ("" is its only one); they say how their libraries name files and
+        tied tensors."""
         self.task, self._place, self._look, self._progress = task, place, look, progress
-        self._layout = layout
+        self._layout, self._modules = layout, modules or {}
         self._path = Path(task.path)
-        self._scratch: Path | None = None
+        self._made: Scratch | None = None  # on trainer rank 0
+        self._scratch = ""
         self._files: dict[str, list[File]] = {}
+        self._wires: dict[str, dict[str, str]] = {}
         self._specs: Mapping[str, Spec] = {}
-        self.nbytes = self._written = 0
+        self.nbytes = self._total = self._done = 0
 
     @property
     def files(self) -> int:
@@ -141,117 +75,147 @@ class Save:
     def prepare(self) -> bytes:
         """Tell what this rank holds. Raises SpecError where the directory can't be made."""
         layout = self._layout = self._layout.select(self.task.modules)
-        scratch = ""
+        for module in layout.modules:
+            check_plain_name(module, f"{module}: a module's folder in {self._path}")
         if self._place == 0:
-            if self._path.exists():
-                raise SpecError(f"{self._path}: expected a path where nothing is yet, got one that exists")
-            if not self._path.parent.is_dir():
-                raise SpecError(f"{self._path}: expected a directory to make it in, got no {self._path.parent}")
-            scratch = f".{self._path.name}.{secrets.token_hex(4)}.part"
+            self._scratch = scratch_name(self._path)
+            self._made = Scratch(self._path, self._scratch)
+        patterns = {name: tied_patterns(module) for name, module in self._modules.items()}
+        places = places_of(layout, patterns)
         facts = {
             name: Holding(spec=spec, boxes=tuple(part.box for part in layout.parts[name]))
             for name, spec in layout.specs.items()
         }
-        return msgspec.msgpack.encode(_Prepared(facts=encode_facts(facts), scratch=scratch))
+        prepared = _Prepared(
+            facts=encode_facts(facts),
+            scratch=self._scratch,
+            places={n: own for n, own in places.items() if own != usual_places(n, layout.modules)},
+            stems={name: file_stem(self._modules.get(name)) for name in layout.modules or ("",)},
+        )
+        return msgspec.msgpack.encode(prepared)
 
     def check(self, gathered: m.Gathered) -> None:
         """Plan the files, alike on all ranks, and what this rank writes; trainer rank 0 makes them, empty."""
         sources: dict[int, Facts] = {}
+        places: dict[int, Places] = {}
+        stems: dict[str, str] = {}
+        modules = self._layout.modules
         for place, blob in sorted(gathered.holder.items()):
             prepared = msgspec.msgpack.decode(gathered.blobs[blob], type=_Prepared)
             sources[place] = decode_facts(prepared.facts, f"trainer rank {place}")
-            if prepared.scratch:
-                self._scratch = self._path.parent / Path(prepared.scratch).name
-        assert self._scratch is not None, "trainer rank 0 names it"
+            places[place] = {n: prepared.places.get(n) or usual_places(n, modules) for n in sources[place]}
+            if place == 0:
+                stems = prepared.stems
+                self._scratch = self._scratch or prepared.scratch
+            elif prepared.scratch:
+                # The directory is this rank's to write to, or to remove: nobody else's word counts.
+                raise UpdateError(
+                    f"{self._path}: expected trainer rank 0 to name a scratch, got one of {place}"
+                )
         manifest = merge_sources(sources)
-        metadata = {"format": "pt"}
-        stored: dict[str, Stored] = {}
-        for prefix in [f"{module}." for module in self._layout.modules] or [""]:
-            specs = {n.removeprefix(prefix): spec for n, spec in manifest.items() if n.startswith(prefix)}
-            files = plan_files(self._scratch / prefix.rstrip("."), specs, self.task.file_bytes, metadata)
-            self._files[prefix] = files
-            for file in files:
-                stored |= {prefix + name: tensor for name, tensor in file.tensors.items()}
+        self._wires = merge_places(places, manifest)
+        stored: dict[str, list[Stored]] = {}
+        for folder in modules or ("",):
+            wires, stem = self._wires.get(folder, {}), stems.get(folder, STEMS[0])
+            if stem not in STEMS:
+                raise SpecError(
+                    f"{self._path}: expected files named by one of {', '.join(STEMS)}, got {stem!r}"
+                )
+            own = {
+                name: manifest[wire] for name, wire in sorted(wires.items(), key=lambda row: row[0].encode())
+            }
+            at = self._path.parent / self._scratch / folder
+            files = self._files[folder] = plan_files(at, own, self.task.file_bytes, {"format": "pt"}, stem)
+            for name, tensor in ((n, t) for file in files for n, t in file.tensors.items()):
+                stored.setdefault(wires[name], []).append(tensor)
         self._specs = manifest
-        mine = [key for key, rank in owners(sources).items() if rank == self._place]
-        parts = {(name, part.box): part for name, found in self._layout.parts.items() for part in found}
-        self._names = [name for name, _ in mine]
-        self._reads = [Read(stored=stored[key[0]], box=key[1], view=parts[key].tensor) for key in mine]
-        self.nbytes = sum(read.box.volume * ITEMSIZE[read.stored.spec.dtype] for read in self._reads)
+        self._share(sources, stored)
         if self._place == 0:
             self._make()
 
+    def _share(self, sources: Mapping[int, Facts], stored: Mapping[str, list[Stored]]) -> None:
+        """What of this rank's boxes it writes, and what it only digests, as another rank writes it."""
+        chosen = owners(sources)
+        self._reads: list[Read] = []
+        self._keys: list[tuple[str, Box]] = []
+        self._unwritten: set[int] = set()
+        for name, found in self._layout.parts.items():
+            for part in (one for one in found if one.box.volume):
+                mine = chosen[name, part.box] == self._place
+                nbytes = part.box.volume * ITEMSIZE[self._specs[name].dtype]
+                for tensor in stored[name] if mine else stored[name][:1]:
+                    if not mine:
+                        self._unwritten.add(len(self._reads))
+                    self._reads.append(Read(stored=tensor, box=part.box, view=part.tensor))
+                    self._keys.append((name, part.box))
+                    self._total += nbytes
+                    self.nbytes += nbytes if mine else 0
+
     def _make(self) -> None:
-        assert self._scratch is not None
-        self._scratch.mkdir()
-        for files in self._files.values():
+        assert self._made is not None
+        self._made.make(sum(file.nbytes for files in self._files.values() for file in files))
+        for folder, files in self._files.items():
+            if folder:
+                self._made.folder(folder)
             for file in files:
-                file.path.parent.mkdir(exist_ok=True)
-                with file.path.open("xb") as made:
-                    made.write(file.header)
-                    made.truncate(file.nbytes)
+                self._made.create(folder, file.path.name, file.header, file.nbytes)
 
     def write(self) -> bytes:
-        """Write this rank's boxes and have them on the disk; returns their digests."""
+        """Write this rank's boxes and have them on the disk; returns the digests of all that it holds."""
         pieces = pieces_of(self._reads)
         views = {number: read.view for number, read in enumerate(self._reads) if read.view is not None}
-        device = self._layout.device
-        with Writer(device, self._look) as writer:
-            sums = writer.write(pieces, views, self._moved)
-        rows = [
-            PartSums(name=self._names[n], boxes=[(read.box.offsets, read.box.sizes)], sums=sums[n])
-            for n, read in enumerate(self._reads)
-        ]
-        return msgspec.msgpack.encode(rows)
+        with Writer(self._layout.device, self._look, self._open) as writer:
+            sums = writer.write(pieces, views, self._moved, skip=self._unwritten)
+        rows = {
+            (name, box): PartSums(name=name, boxes=[(box.offsets, box.sizes)], sums=sums[number])
+            for number, (name, box) in enumerate(self._keys)
+        }
+        return msgspec.msgpack.encode(list(rows.values()))
+
+    def _open(self, path: Path) -> int:
+        folder, file = next((n, f) for n, files in self._files.items() for f in files if f.path == path)
+        return open_made(self._path, self._scratch, folder, path.name, file.header, file.nbytes)
 
     def finish(self, gathered: m.Gathered) -> None:
-        """Trainer rank 0 adds up the digests, writes list and index, and gives the directory its name."""
+        """Compare what all ranks hold. Trainer rank 0 then writes list and index, and gives the directory its
+        name. Raises UpdateError, naming tensor and ranks, where two hold different bytes of one box."""
         rows: list[PartSums] = []
-        for blob in gathered.blobs:
-            rows += msgspec.msgpack.decode(blob, type=list[PartSums])
+        first: dict[tuple[str, str], tuple[int, PartSums]] = {}
+        for place, blob in sorted(gathered.holder.items()):
+            for row in msgspec.msgpack.decode(gathered.blobs[blob], type=list[PartSums]):
+                other, same = first.setdefault((row.name, repr(row.boxes)), (place, row))
+                if same is row:
+                    rows.append(row)
+                elif same.sums != row.sums:
+                    box = ", ".join(str(Box(*pair)) for pair in row.boxes)
+                    raise UpdateError(
+                        f"{row.name}: expected the same bytes on all trainer ranks that hold {box}, got others "
+                        f"on rank {place} than on rank {other}; make them equal first (broadcast from one rank)"
+                    )
         rows += [PartSums(name=n, boxes=[], sums=(0, 0)) for n, s in self._specs.items() if not s.elements]
         digests = {name: combine(parts) for name, parts in digests_of(rows, self._specs).items()}
-        if self._place != 0:
+        if self._made is None:
             return
-        assert self._scratch is not None
-        for prefix, files in self._files.items():
-            folder = self._scratch / prefix.rstrip(".")
-            own = {
-                n.removeprefix(prefix): digest for n, digest in sorted(digests.items()) if n.startswith(prefix)
-            }
-            _write(folder / DIGEST_LIST, msgspec.json.encode(saved_of(own, self.task.version)))
+        for folder, files in self._files.items():
+            own = {name: digests[wire] for name, wire in self._wires.get(folder, {}).items()}
+            own = {name: own[name] for name in sorted(own)}
+            self._put(folder, DIGEST_LIST, msgspec.json.encode(saved_of(own, self.task.version)))
             if len(files) > 1:
                 weight_map = {name: file.path.name for file in files for name in file.tensors}
-                total = sum(spec.nbytes for name, spec in self._specs.items() if name.startswith(prefix))
+                total = sum(tensor.spec.nbytes for file in files for tensor in file.tensors.values())
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-                _write(folder / f"model{INDEX_SUFFIX}", json.dumps(index, indent=1).encode())
-            _sync(folder)
-        _sync(self._scratch)
-        if self._path.exists():
-            raise SpecError(f"{self._path}: expected a path where nothing is yet, got one made meanwhile")
-        os.rename(self._scratch, self._path)
-        _sync(self._path.parent)
-        self._scratch = None
+                stem = files[0].path.name.partition("-")[0]
+                self._put(folder, f"{stem}{INDEX_SUFFIX}", json.dumps(index, indent=1).encode())
+        self._made.publish()
+
+    def _put(self, folder: str, name: str, data: bytes) -> None:
+        assert self._made is not None
+        self._made.create(folder, name, data, len(data))
 
     def close(self) -> None:
-        if self._place == 0 and self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._made is not None:
+            self._made.close()
 
     def _moved(self, nbytes: int) -> None:
-        self._written += nbytes
-        self._progress(self._written, self.nbytes)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        self._done += nbytes
+        self._progress(self._done, self._total)
