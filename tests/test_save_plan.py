@@ -38,7 +38,7 @@ def hub(address):
 class Tied(nn.Module):
     """Three names for one tensor; two may be left out, as the class says."""
 
-    def __init__(self, keys=("head.weight", r"layers\.\d+\.embed")):
+    def __init__(self, keys=("head.weight", r"layers\.\d+")):
         super().__init__()
         self.head = nn.Linear(3, 5, bias=False)
         self.shared = nn.Embedding(5, 3)
