@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import threading
@@ -12,8 +13,7 @@ import httpx
 import pytest
 import schemathesis
 import torch
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
+from fastapi import FastAPI, testclient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipeline import pipeline, versions_held, write_pipeline
@@ -25,6 +25,8 @@ import weightbus
 from weightbus import cli, http
 from weightbus.hub import Hub
 from weightbus.keys import generate, load_keys
+
+TestClient = functools.partial(testclient.TestClient, base_url="http://localhost")
 
 # Of each route; WEIGHTBUS_FUZZ=1000 for a long run.
 EXAMPLES = int(os.environ.get("WEIGHTBUS_FUZZ", "15"))
@@ -57,7 +59,8 @@ def engine(tmp_path_factory):
     write_pipeline(root / "good", 2)
     with living(modules) as address:
         calls = http.Engine(pause=lambda mode: None, resume=lambda: None)
-        app = http.create_app(address, roots=[root], engine=calls, max_body_bytes=1 << 16, wait_s=2, run_s=5)
+        bounds = {"max_body_bytes": 1 << 16, "wait_s": 2, "run_s": 5}
+        app = http.create_app(address, roots=[root], engine=calls, hosts=["testserver"], **bounds)
         yield app, modules, root
 
 
@@ -167,7 +170,7 @@ def test_with_keys_the_shell_loads_and_the_routes_answer(tmp_path, capsys, monke
     good, keys = write_pipeline(tmp_path / "three", 3), tmp_path / "keys"
     generate(keys)
     served = []
-    monkeypatch.setattr(http.uvicorn, "run", lambda app, **options: served.append(app))
+    monkeypatch.setattr(http, "serve", lambda app, host, port: served.append(app))
     with living(pipeline(), keys) as address:
         load = ["update-from-disk", str(good), "--hub", address, "--keys", str(keys)]
         assert cli.main(load) == 0, capsys.readouterr().err
@@ -183,7 +186,7 @@ def test_with_keys_the_shell_loads_and_the_routes_answer(tmp_path, capsys, monke
     "command", [["http"], ["update-from-disk", "/models"]], ids=["http", "update-from-disk"]
 )
 def test_to_other_hosts_the_shell_needs_keys(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(http.uvicorn, "run", lambda app, **options: None)
+    monkeypatch.setattr(http, "serve", lambda app, host, port: None)
     monkeypatch.setattr("weightbus.http.listens", lambda address: False)
     assert cli.main([*command, "--hub", "tcp://192.0.2.1:5757"]) == 2
     assert "address: expected a loopback address, or keys" in capsys.readouterr().err

@@ -9,25 +9,21 @@ import argparse
 import base64
 import binascii
 import hashlib
-import hmac
-import ipaddress
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
-import uvicorn
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from fastapi.security.utils import get_authorization_scheme_param
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
@@ -35,9 +31,23 @@ from weightbus import __version__
 from weightbus import messages as m
 from weightbus.client import Client
 from weightbus.errors import HubError, SpecError, WeightbusError
+from weightbus.http_guard import Access, Intake, Refusal, is_loopback
+from weightbus.http_schema import (
+    Answer,
+    CheckTensors,
+    CheckWeights,
+    Continue,
+    GetChecksum,
+    Pause,
+    Payload,
+    UpdateFromDisk,
+    UpdateFromTensor,
+    WeightVersion,
+)
+from weightbus.http_server import serve
 from weightbus.identity import address_of, job_of
 from weightbus.keys import Keys, load_keys
-from weightbus.opened import Files
+from weightbus.opened import Files, short
 from weightbus.payload import refuse_pickle
 from weightbus.start import listens
 
@@ -45,6 +55,7 @@ DEFAULT_PORT = 5780
 
 # A hub answers what it knows at once.
 ANSWER_S = 5.0
+QUICK_THREADS = 4
 DEFAULT_BODY_BYTES = 512 << 20
 TOKEN_VARIABLE = "WEIGHTBUS_HTTP_TOKEN"
 
@@ -62,84 +73,6 @@ class Engine:
     flush_cache: Callable[[], object] | None = None
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-Text = Annotated[str, Field(max_length=4096)]
-Module = Annotated[str, Field(min_length=1, max_length=1024)]
-Modules = Annotated[list[Module], Field(min_length=1, max_length=1024)]
-Version = Annotated[int, Field(ge=0, lt=1 << 62)] | Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
-Payload = str | dict[Module, str]
-Manifest = dict[Annotated[str, Field(max_length=1024)], Annotated[str, Field(max_length=128)]]
-
-
-class UpdateFromDisk(_Body):
-    """model_path: a directory that every rank can read. target_modules: null is all."""
-
-    model_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    flush_cache: bool = True
-    target_modules: Modules | None = None
-    load_format: Literal["auto", "safetensors"] | None = None
-    weight_version: Version | None = None
-
-
-class UpdateFromTensor(_Body):
-    """serialized_named_tensors: base64 of safetensors bytes or, with the load_format ``shared``, of what
-    ``weightbus.share_tensors`` makes on the ranks' host; or a map of modules to such; one for all ranks, or one
-    for each. target_modules: null is the only module, or ``transformer``."""
-
-    serialized_named_tensors: Annotated[list[Payload], Field(min_length=1, max_length=4096)]
-    load_format: m.PayloadFormat | None = None
-    target_modules: Modules | None = None
-    flush_cache: bool = True
-    weight_version: Version | None = None
-
-
-class CheckTensors(_Body):
-    """expected_named_tensors_sha256: digests by name, for all ranks; or a list of one such map, or of one for
-    each rank."""
-
-    target_module: Module
-    expected_named_tensors_sha256: Manifest | Annotated[list[Manifest], Field(min_length=1, max_length=4096)]
-
-
-class GetChecksum(_Body):
-    """module_names: null is all."""
-
-    module_names: Modules | None = None
-
-
-class CheckWeights(_Body):
-    """action: ``snapshot`` what is live, ``compare`` with the snapshot, or ``reset_tensors``, which overwrites
-    all weights, so that a test can tell what an update has written."""
-
-    action: Literal["snapshot", "compare", "reset_tensors"]
-
-
-class Pause(_Body):
-    mode: Literal["abort", "retract", "in_place"] = "abort"
-
-
-class Continue(_Body):
-    pass
-
-
-class Answer(BaseModel):
-    success: bool
-    message: str
-
-
-class WeightVersion(BaseModel):
-    weight_version: str | None
-
-
-class _Refusal(Exception):
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.message, self.status = message, status
-
-
 def _answer(success: bool, message: str, status: int | None = None) -> JSONResponse:
     # A request can spell half a surrogate pair, which no answer could repeat.
     text = message.encode("utf-8", "replace").decode()
@@ -150,62 +83,56 @@ def _call(name: str, callback: Callable[[], object]) -> None:
     try:
         callback()
     except Exception as error:
-        raise _Refusal(f"the engine's {name} raised {type(error).__name__}: {error}", 500) from error
+        raise Refusal(f"the engine's {name} raised {type(error).__name__}: {error}", 500) from error
 
 
 class _Route(APIRoute):
-    """Bounds the body, and answers what is refused in the routes' own form."""
+    """Bounds who asks and what, and answers what is refused in the routes' own form."""
 
-    body_bytes = DEFAULT_BODY_BYTES
-    token: str | None = None
+    access: Access
+    intake: Intake
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            seen = 0
-
-            async def receive() -> Message:
-                nonlocal seen
-                message = await request.receive()
-                seen += len(message.get("body", b""))
-                if seen > self.body_bytes:
-                    raise _Refusal(f"body: expected at most {self.body_bytes} bytes, got more", 413)
-                return message
-
+            taken: list[bytes] = []
+            entered = False
             try:
-                self._authorise(request)
-                announced = request.headers.get("content-length", "")
-                if announced.isdecimal() and int(announced) > self.body_bytes:
-                    raise _Refusal(f"body: expected at most {self.body_bytes} bytes, got {announced}", 413)
-                return await handle(Request(request.scope, receive))
-            except _Refusal as refusal:
+                self.access.check(request.headers)
+                if request.method != "GET":
+                    self.intake.enter()
+                    entered = True
+                    body = await self.intake.read(request, taken)
+                    request = Request(request.scope, _replay(body))
+                return await handle(request)
+            except Refusal as refusal:
                 return _answer(False, refusal.message, refusal.status)
             except RequestValidationError as error:
                 return _answer(False, "; ".join(map(_validation, error.errors()[:5])))
             except HTTPException as error:
-                if isinstance(error.__cause__, _Refusal):  # raised while the body was read
-                    return _answer(False, error.__cause__.message, error.__cause__.status)
                 return _answer(False, str(error.detail), error.status_code)
             except HubError as error:
                 return _answer(False, str(error), 503)
             except (WeightbusError, ValueError) as error:
                 return _answer(False, str(error))
+            finally:
+                if entered:
+                    self.intake.leave(sum(map(len, taken)))
 
         return bounded
 
-    def _authorise(self, request: Request) -> None:
-        if self.token is None:
-            return
-        scheme, given = get_authorization_scheme_param(request.headers.get("authorization"))
-        right = hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
-        if scheme.lower() != "bearer" or not right:
-            raise _Refusal("authorization: expected the bearer token of this server, got another or none", 401)
+
+def _replay(body: bytes) -> Callable[[], Awaitable[Message]]:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
 
 
 def _validation(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if part != "body")
-    return f"{where or 'body'}: {error['msg']}"
+    return short(f"{where or 'body'}: {error['msg']}")
 
 
 def router(
@@ -216,6 +143,7 @@ def router(
     insecure: bool = False,
     replica: int | None = None,
     token: str | None = None,
+    hosts: Sequence[str] = (),
     roots: Sequence[str | Path] = (),
     engine: Engine | None = None,
     max_body_bytes: int = DEFAULT_BODY_BYTES,
@@ -225,9 +153,10 @@ def router(
     """The routes, to mount: ``app.include_router(weightbus.http.router(address, roots=["/models"]))``.
 
     address: the hub's. job, keys, insecure: as the publisher's. replica: whose ranks they are for; None is the
-    only one. token: asked for as a bearer token, if given. roots: directories where a ``model_path`` may lie,
-    symbolic links followed; with none, loads from disk are refused. max_body_bytes: of a request. wait_s: for
-    updates and other requests to end; run_s: for each step of a load.
+    only one. token: asked for as a bearer token, if given; an empty one lets nobody in. hosts: names by which
+    requests may call this host, beside localhost and addresses; with a token and no names any. roots:
+    directories where a ``model_path`` may lie, links followed; with none, loads from disk are refused.
+    max_body_bytes: of a request. wait_s: for updates and other requests to end; run_s: for each step of a load.
     Raises HubError for keys that are none, or an address that needs some; SpecError for a root that is none.
     """
     keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
@@ -240,17 +169,20 @@ def router(
     engine = engine or Engine()
 
     class Route(_Route):
-        pass
+        access = Access(token=token, hosts=tuple(hosts))
+        intake = Intake(max_body_bytes)
 
-    Route.body_bytes, Route.token = max_body_bytes, token
     security = HTTPBearer(auto_error=False, description="needed if the server was given a token")
     responses: dict[int | str, dict[str, Any]] = {
         code: {"model": Answer, "description": text}
         for code, text in {
             400: "refused, nothing was changed; or failed, as the message says",
             401: "no token, or a wrong one",
+            403: "from a page of another site, or under another name of this host",
+            408: "the body came too slowly",
             413: "too large",
-            503: "no hub answers",
+            415: "no JSON",
+            503: "no hub answers, or too much is going on",
         }.items()
     }
     routes = APIRouter(route_class=Route, dependencies=[Depends(security)], responses=responses)
@@ -277,7 +209,7 @@ def router(
     def update_weights_from_disk(body: UpdateFromDisk) -> JSONResponse:
         """Load safetensors files into the live weights, all target modules or none."""
         if not allowed:
-            raise _Refusal("model_path: this server was given no roots to load from (--root)")
+            raise Refusal("model_path: this server was given no roots to load from (--root)")
         with Files(allowed) as files:
             files.find(Path(body.model_path))  # ranks look again, when they open it
         task = m.LoadTask(
@@ -338,7 +270,7 @@ def router(
     def pause_generation(body: Pause | None = None) -> JSONResponse:
         """Ask the engine to pause."""
         if engine.pause is None:
-            raise _Refusal(
+            raise Refusal(
                 "pause_generation: no engine is behind this server; mount the routes in the engine's app"
             )
         _call("pause", lambda: engine.pause and engine.pause((body or Pause()).mode))
@@ -348,22 +280,25 @@ def router(
     def continue_generation(body: Continue | None = None) -> JSONResponse:
         """Ask the engine to go on."""
         if engine.resume is None:
-            raise _Refusal(
+            raise Refusal(
                 "continue_generation: no engine is behind this server; mount the routes in the engine's app"
             )
         _call("resume", engine.resume)
         return _answer(True, "continued")
 
+    # In threads of their own, so that they answer while all others are at work.
+    quick = CapacityLimiter(QUICK_THREADS)
+
     @routes.get("/weight_version", response_model=WeightVersion)
-    def weight_version() -> JSONResponse:
+    async def weight_version() -> JSONResponse:
         """The label of the live weights: the trainer's version, or a load's; null if there is none."""
-        version = info().version
+        version = (await to_thread.run_sync(info, limiter=quick)).version
         return JSONResponse({"weight_version": None if version is None else str(version)})
 
     @routes.get("/health", response_model=Answer)
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         """200 if all ranks of the replica are here and their weights are no mixture, else 503."""
-        found = info()
+        found = await to_thread.run_sync(info, limiter=quick)
         ok = found.joined == found.size and found.state != "torn"
         text = f"replica {found.replica}: {found.joined} of {found.size} ranks, {found.state}"
         return _answer(ok, text, 200 if ok else 503)
@@ -376,7 +311,7 @@ def router(
             text = (
                 f"replica: expected {'one' if replica is None else replica}, got {[r.replica for r in known]}"
             )
-            raise _Refusal(text, 503)
+            raise Refusal(text, 503)
         return found[0]
 
     def cured() -> JSONResponse:
@@ -400,21 +335,21 @@ def create_app(address: str | None = None, **options: Any) -> FastAPI:
 
 
 def _frames(payloads: Sequence[Payload]) -> tuple[list[m.Frame], list[bytes]]:
-    """Raw frames for a request's payloads. Raises _Refusal for what is no base64, or a pickle."""
+    """Raw frames for a request's payloads. Raises Refusal for what is no base64, or a pickle."""
     frames, found = [], []
     for place, payload in enumerate(payloads):
         named = [(None, payload)] if isinstance(payload, str) else list(payload.items())
         if not named:
-            raise _Refusal(f"serialized_named_tensors.{place}: expected a payload for a module, got none")
+            raise Refusal(f"serialized_named_tensors.{place}: expected a payload for a module, got none")
         for module, text in named:
             where = f"serialized_named_tensors.{place}" + (f".{module}" if module else "")
             try:
                 data = base64.b64decode(text.encode("ascii"), validate=True)
             except (binascii.Error, UnicodeEncodeError) as error:
-                raise _Refusal(f"{where}: expected base64 of a payload, got {error}") from error
+                raise Refusal(f"{where}: expected base64 of a payload, got {error}") from error
             refuse_pickle(where, data)
             if len(data) > m.MAX_MESSAGE_BYTES:
-                raise _Refusal(f"{where}: expected at most {m.MAX_MESSAGE_BYTES} bytes, got {len(data)}")
+                raise Refusal(f"{where}: expected at most {m.MAX_MESSAGE_BYTES} bytes, got {len(data)}")
             frames.append(m.Frame(place=place, module=module, nbytes=len(data)))
             found.append(data)
     return frames, found
@@ -435,13 +370,6 @@ def _checksums(answers: Sequence[bytes]) -> dict[str, str]:
     return found
 
 
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="weightbus http", description=__doc__)
     parser.add_argument("--hub", metavar="ADDRESS", help="of the hub; else WEIGHTBUS_ADDRESS")
@@ -450,6 +378,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--insecure", action="store_true", help="without keys to any address")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on; others than loopback need a token")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument(
+        "--name", action="append", default=[], help="of this host, in requests without a token; may be repeated"
+    )
     parser.add_argument("--replica", type=int, help="whose ranks to serve; by default the only one")
     parser.add_argument(
         "--root",
@@ -463,8 +394,11 @@ def main(arguments: list[str]) -> int:
         "--run-timeout", type=float, default=600.0, metavar="SECONDS", help="of each step of a load"
     )
     options = parser.parse_args(arguments)
-    token = os.environ.get(TOKEN_VARIABLE) or None
-    if not _loopback(options.host) and token is None:
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is not None and not token.strip():
+        print(f"weightbus http: {TOKEN_VARIABLE}: expected a token, got an empty one", file=sys.stderr)
+        return 2
+    if not is_loopback(options.host) and token is None:
         print(
             f"weightbus http: {options.host}: expected a loopback address, or a token in {TOKEN_VARIABLE}",
             file=sys.stderr,
@@ -478,6 +412,7 @@ def main(arguments: list[str]) -> int:
             insecure=options.insecure,
             replica=options.replica,
             token=token,
+            hosts=options.name,
             roots=options.root,
             max_body_bytes=options.max_body,
             run_s=options.run_timeout,
@@ -485,5 +420,5 @@ def main(arguments: list[str]) -> int:
     except WeightbusError as error:
         print(f"weightbus http: {error}", file=sys.stderr)
         return 2
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    serve(app, options.host, options.port)
     return 0
