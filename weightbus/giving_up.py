@@ -28,6 +28,8 @@ def give_up(link: Link | Loopback, reason: str) -> m.Outcome | None:
 
     It may have been committed just before. None if nothing is heard.
     """
+    if link.rounds.outcome is not None:
+        return link.rounds.outcome  # an interrupt came between hearing it and acting upon it
     farewell: m.Farewell | None = None
     try:
         with contextlib.suppress(HubError, ProtocolError):

@@ -20,12 +20,13 @@ class Rounds:
     """Which round this rank is in. For one thread at a time.
 
     header: of the round, or, between rounds, of what was heard last, with no number. entered: this rank has
-    called, and waits for the offer. stale: how many messages were dropped.
+    called, and waits for the offer. outcome: of the round, once it was heard. stale: how many were dropped.
     """
 
     def __init__(self, job: str) -> None:
         self.header = m.Header(job)
         self.entered = False
+        self.outcome: m.Outcome | None = None
         self.stale = 0
         self._ended: deque[int] = deque(maxlen=MAX_ENDED)
 
@@ -36,13 +37,22 @@ class Rounds:
             self.header = header._replace(update=0)
 
     @contextlib.contextmanager
+    def called(self) -> Iterator[None]:
+        """While this rank's own call waits for its offer, and then for its end."""
+        self.entered, self.outcome = True, None
+        try:
+            yield
+        finally:
+            self.entered = False
+
+    @contextlib.contextmanager
     def within(self, offer: m.Offer | m.TaskOffer) -> Iterator[None]:
         """From the offer to the end: what is sent bears its header, and only what bears that is heard.
 
         A task may come while this rank waits for the offer of its own call, and goes on waiting.
         """
         entered, self.entered = self.entered, False
-        self.header = offer.header
+        self.header, self.outcome = offer.header, None
         try:
             yield
         finally:
@@ -64,6 +74,8 @@ class Rounds:
         """Whether to act upon ``message``; if not, it is counted."""
         taken = self._accepts(message)
         self.stale += not taken
+        if taken and isinstance(message, m.Outcome):
+            self.outcome = message
         return taken
 
     def _accepts(self, message: FromHub) -> bool:

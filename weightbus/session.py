@@ -151,14 +151,10 @@ class Session:
             if not self.link.rejoin(self.reconnect_timeout_s):
                 raise HubError(self.link.lost)
             enter.peer = self.link.peer
-            self.link.send(enter)
             turn = Turn(self, progress, copied)
-            self.link.rounds.entered = True
-            try:
+            with self.link.rounds.called():
                 again = time.monotonic() < deadline
-                outcome = self._to_the_end(turn, None, enter.join_s + SLACK_S, again=again)
-            finally:
-                self.link.rounds.entered = False
+                outcome = self._to_the_end(turn, enter, enter.join_s + SLACK_S, again=again)
             if outcome is not None:
                 return outcome
 
@@ -168,7 +164,9 @@ class Session:
         assert outcome is not None, "only a trainer rank enters again"
         return outcome
 
-    def _to_the_end(self, turn: Turn, offer: m.Offer | None, wait_s: float, *, again: bool) -> m.Outcome | None:
+    def _to_the_end(
+        self, turn: Turn, start: m.Enter | m.Offer, wait_s: float, *, again: bool
+    ) -> m.Outcome | None:
         """The outcome; None if the hub was lost before it had offered anything, and ``again`` is wished for.
 
         Whatever happens, the turn is told of one outcome: the only one that all are told, or, where the hub is
@@ -178,7 +176,7 @@ class Session:
         with contextlib.ExitStack() as stack:
             stack.callback(turn.close)
             try:
-                outcome = self._follow(turn, offer, wait_s, stack)
+                outcome = self._follow(turn, start, wait_s, stack)
             except HubLost as lost:
                 if again and turn.offer is None:
                     return None
@@ -208,12 +206,13 @@ class Session:
         return outcome
 
     def _follow(
-        self, turn: Turn, offer: m.Offer | None, wait_s: float, stack: contextlib.ExitStack
+        self, turn: Turn, start: m.Enter | m.Offer, wait_s: float, stack: contextlib.ExitStack
     ) -> m.Outcome:
-        if offer is not None:
-            stack.enter_context(self.link.rounds.within(offer))
-            turn.offered(offer)
+        if isinstance(start, m.Offer):
+            stack.enter_context(self.link.rounds.within(start))
+            turn.offered(start)
         else:
+            self.link.send(start)
             turn.look_ahead()
         while True:
             limit_s = turn.limit_s if turn.offer else wait_s

@@ -1,0 +1,226 @@
+"""Every exit of a round gives one closing callback, one state and one reason, on both ends.
+
+A trainer and a server in threads of one process, at a real hub; an exception is raised at a drawn point of
+either: as a message is sent or was heard, in a hook, in a callback. The next round then works.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from processes import free_port
+
+import weightbus
+from weightbus import giving_up, protocol, tasks
+from weightbus import messages as m
+from weightbus.hub import Hub
+
+NUMEL = 1024
+CLOSING = {"commit": "ready", "torn": "torn", "refused": "ready"}
+
+# Where the exception is raised, and on which end.
+SERVER_POINTS = [
+    *itertools.product(["hear"], [m.Offer, m.Gathered, m.Go, m.Outcome]),
+    *itertools.product(["say", "said"], [m.Facts, m.Ready, m.Done]),
+    *itertools.product(["call"], ["update", "hook", "commit", "torn", "refused"]),
+]
+TRAINER_POINTS = [
+    *itertools.product(["hear"], [m.Offer, m.Gathered, m.Go, m.Outcome]),
+    *itertools.product(["say", "said"], [m.Enter, m.Facts, m.Ready, m.Done]),
+]
+POINTS = [("server", *p) for p in SERVER_POINTS] + [("trainer", *p) for p in TRAINER_POINTS]
+
+
+class Stop(Exception):
+    """Raised at the point."""
+
+
+class Fault:
+    """Raises ``error`` once it is armed and its point is reached, once."""
+
+    def __init__(self):
+        self.point, self.error, self.fired = None, None, False
+
+    def arm(self, point, error):
+        self.point, self.error, self.fired = point, error, False
+
+    def reach(self, *point):
+        if self.point == point and not self.fired:
+            self.fired = True
+            raise self.error
+
+    def patch(self, end, link):
+        send, receive = link.send, link.receive
+
+        def sending(message):
+            self.reach(end, "say", type(message))
+            send(message)
+            self.reach(end, "said", type(message))
+
+        def receiving(timeout_s, **options):
+            message = receive(timeout_s, **options)
+            self.reach(end, "hear", type(message))
+            return message
+
+        link.send, link.receive = sending, receiving
+
+
+class Pair:
+    """A trainer and a server of a job of their own."""
+
+    def __init__(self, port, job, planned):
+        self.fault, self.calls, self.raised = Fault(), [], []
+        self.source = torch.zeros(NUMEL)
+        self.target = torch.nn.Parameter(torch.zeros(NUMEL), requires_grad=False)
+        self.target.weight_loader = self._load
+        self.publisher = weightbus.Publisher(
+            [("a", self.source)], address=f"tcp://127.0.0.1:{port}", job=job, rank=0, size=1,
+            join_timeout_s=10, ready_timeout_s=5, transfer_timeout_s=5, route="broadcast",
+        )  # fmt: skip
+        self.subscriber = weightbus.Subscriber(
+            [("a", self.target)], address=f"tcp://localhost:{port}", job=job, rank=0, replica_size=1,
+            on_update=self._callback("update"), on_commit=self._callback("commit"),
+            on_torn=self._callback("torn"), on_refused=self._callback("refused"),
+        )  # fmt: skip
+        self._stop, self.idle = threading.Event(), 0
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+        self.update(1)
+        if planned:
+            self.update(2)
+        self.settle()
+        self.last = 2 if planned else 1
+        if not planned:  # facts are exchanged again
+            self.target.data = self.target.data.clone()
+        self.fault.patch("trainer", self.publisher._session.link)
+        self.fault.patch("server", self.subscriber._session.link)
+
+    def _load(self, parameter, loaded):
+        if not loaded.is_meta:
+            parameter.data[: NUMEL // 2] = loaded[: NUMEL // 2]
+            self.fault.reach("server", "call", "hook")
+        parameter.data.copy_(loaded)
+
+    def _callback(self, name):
+        def callback(what):
+            self.calls.append(name)
+            self.fault.reach("server", "call", name)
+
+        return callback
+
+    def _serve(self):
+        while not self._stop.is_set():
+            try:
+                self.idle += not self.subscriber.poll(0.02)
+            except BaseException as error:
+                self.raised.append(error)
+
+    def update(self, version):
+        self.source.fill_(version)
+        return self.publisher.update(version)
+
+    def settle(self):
+        """Until the server has done with the round, and there is nothing more to hear."""
+        deadline, idle = time.monotonic() + 10, self.idle
+        while self.idle < idle + 3:
+            assert time.monotonic() < deadline, (self.subscriber.state, self.calls)
+            time.sleep(0.01)
+
+    def close(self):
+        self._stop.set()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        self.publisher.close()
+        self.subscriber.close()
+
+
+@pytest.fixture(scope="module")
+def port():
+    port = free_port()
+    hub = Hub(f"tcp://127.0.0.1:{port}")
+    thread = threading.Thread(target=hub.serve)
+    thread.start()
+    yield port
+    hub.stop()
+    thread.join(10)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for module in (protocol, tasks):
+        monkeypatch.setattr(module, "GRACE_S", 0.1)
+    monkeypatch.setattr(giving_up, "GIVE_UP_S", 1.0)
+
+
+_names = itertools.count()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    point=st.sampled_from(POINTS),
+    error=st.sampled_from([Stop("no"), KeyboardInterrupt(), weightbus.UpdateError("no")]),
+    planned=st.booleans(),
+)
+@example(point=("server", "call", "hook"), error=KeyboardInterrupt(), planned=True)
+@example(point=("server", "said", m.Done), error=KeyboardInterrupt(), planned=True)
+@example(point=("server", "hear", m.Outcome), error=KeyboardInterrupt(), planned=False)
+@example(point=("trainer", "said", m.Enter), error=KeyboardInterrupt(), planned=True)
+@example(point=("trainer", "hear", m.Go), error=KeyboardInterrupt(), planned=True)
+@example(point=("server", "call", "commit"), error=Stop("no"), planned=True)
+def test_one_end_for_all(port, point, error, planned):
+    pair = Pair(port, f"job{next(_names)}", planned)
+    try:
+        version = pair.last + 1
+        pair.calls.clear()
+        pair.fault.arm(point, error)
+        try:
+            said = pair.update(version)
+        except weightbus.WeightbusError as caught:
+            said = caught
+        except BaseException as caught:
+            said = None if caught is error else caught
+        assert said is None or isinstance(said, weightbus.Report | weightbus.WeightbusError)
+        pair.settle()
+        # One closing callback for each on_update, and none without.
+        opened, closed = pair.calls[0::2], pair.calls[1::2]
+        assert opened == ["update"] * len(closed), pair.calls
+        assert all(call in CLOSING for call in closed)
+        # The state is what the callback said, and what the bytes say.
+        for call in closed:
+            assert pair.subscriber.state == CLOSING[call]
+            held = pair.target.unique().tolist()
+            assert call == "torn" or held == [version if call == "commit" else pair.last]
+            assert pair.subscriber.version == (version if call == "commit" else pair.last)
+            assert (pair.subscriber.error is None) == (call == "commit")
+        # Both ends say the same, with the one reason; an end that was interrupted has said nothing.
+        committed = closed == ["commit"]
+        if isinstance(said, weightbus.Report):
+            assert committed
+        elif said is not None and said is not error:
+            assert not committed
+            assert isinstance(said, weightbus.TornError) or closed != ["torn"]
+            if closed and pair.fault.fired:
+                assert _reason(error) in str(said)
+                assert _reason(error) in str(pair.subscriber.error)
+        assert all(one is error for one in pair.raised)
+        # The session is usable, and nothing of the former round is taken for this one.
+        pair.fault.arm(None, None)
+        pair.calls.clear()
+        report = pair.update(version + 1)
+        pair.settle()
+        assert report.verified
+        assert pair.calls == ["update", "commit"]
+        assert (pair.subscriber.state, pair.subscriber.version) == ("ready", version + 1)
+        assert pair.target.unique().tolist() == [version + 1]
+    finally:
+        pair.close()
+
+
+def _reason(error):
+    return str(error) or f"interrupted by {type(error).__name__}"
