@@ -488,3 +488,120 @@ def test_pattern_may_be_a_name_with_brackets():
     target.one_plus = [torch.rand(2), torch.rand(2)]
     with weightbus.colocate(Scale(1), target, local=["one_plus[1]"]) as pair:
         assert list(pair.update(1).partial) == ["one_plus[0]"]
+
+
+def test_copy_that_a_forward_makes_is_named_by_the_next_update():
+    """Not only by a check: the plan is replayed, but the tree is looked at."""
+
+    class Lazy(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.weight = weights(seed)
+            self.cache: list[torch.Tensor] = []
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if not self.cache:
+                self.cache.append(self.weight.detach().t().contiguous())
+            return x @ self.cache[0]
+
+    target = Lazy(2)
+    with weightbus.colocate(Lazy(1), target) as pair:
+        assert pair.update(1).word == "verified"
+        target(torch.ones(SIZE))
+        assert list(pair.update(2).partial) == ["cache[0]"]
+        target.cache.clear()
+        assert pair.update(3).word == "verified"
+    target = Lazy(2)
+    with weightbus.colocate(Lazy(1), target, require_proof=True) as pair:
+        assert pair.update(1).word == "verified"
+        target(torch.ones(SIZE))
+        before = target.weight.detach().clone()
+        for _ in range(2):
+            with pytest.raises(weightbus.UpdateError, match=r"cache\[0\]: expected proof"):
+                pair.update(2)
+        assert torch.equal(target.weight, before)
+
+
+def test_derived_tensor_that_was_rebound_is_still_made_again():
+    source, target = Scale(1), Scale(2)
+    with weightbus.colocate(source, target, derived={"one_plus": lambda scale: 1 + scale.weight}) as pair:
+        pair.update(1)
+        target.one_plus = torch.zeros(SIZE, SIZE)
+        assert pair.update(2).word == "verified"
+    assert torch.equal(target.one_plus, 1 + source.weight)
+
+
+# -- example inputs ---------------------------------------------------------------------------------------
+
+
+def closed_over(weight):
+    """A module whose forward reads a tensor that only a closure holds."""
+    copy = weight.detach().t().contiguous()
+
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight.detach().clone())
+            self.register_buffer("positions", torch.arange(SIZE), persistent=False)
+            self.calls, self.seen = 0, []
+            self.register_buffer("count", torch.zeros(2))
+
+        def forward(self, x, *, scale=1.0):
+            self.calls += 1
+            self.seen.append(torch.rand(3))
+            self.count += 1
+            return (x * scale) @ copy + self.weight[0] + self.positions + torch.tensor([0.5]) + torch.rand(SIZE)
+
+    return Closed()
+
+
+INPUTS = {
+    "tensor": torch.ones(SIZE),
+    "tuple": (torch.ones(SIZE),),
+    "dict": {"x": torch.ones(SIZE), "scale": torch.tensor(2.0)},
+    "function": None,
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_forward_shows_what_no_module_holds(kind):
+    source, target = closed_over(weights(1)), closed_over(weights(2))
+    inputs = INPUTS[kind] if kind != "function" else lambda: target(torch.ones(SIZE))
+    state, before = torch.random.get_rng_state(), target.count.clone()
+    with weightbus.colocate(source, target) as pair:
+        assert pair.update(1).word == "verified", "nothing beyond the tree is claimed"
+    with weightbus.colocate(source, target, example_inputs=inputs) as pair:
+        (name,) = pair.update(1).partial
+        assert name.startswith("storage read by aten.")
+        assert f"torch.float32 [{SIZE}" in name
+        assert list(pair.update(2).partial) == list(pair.check().partial) == [name]
+    assert (target.calls, target.seen) == (0, [])
+    assert torch.equal(target.count, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_forward_that_reads_nothing_else_leaves_the_word():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.GELU())
+    other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.GELU())
+    with weightbus.colocate(
+        model, {"a": other}["a"], example_inputs=torch.ones(3, 4), require_proof=True
+    ) as pair:
+        assert pair.update(1).word == "verified"
+    assert other[1].num_batches_tracked == 0
+
+
+def test_forward_of_modules_by_name():
+    target = {"a": closed_over(weights(2)), "b": nn.Linear(2, 2)}
+    source = {"a": closed_over(weights(1)), "b": nn.Linear(2, 2)}
+    with weightbus.colocate(source, target, example_inputs={"a": torch.ones(SIZE)}) as pair:
+        assert len(pair.update(1).partial) == 1
+
+
+def test_forward_that_fails_refuses_the_update():
+    with (
+        weightbus.colocate(nn.Linear(2, 2), nn.Linear(2, 2), example_inputs=torch.ones(3)) as pair,
+        pytest.raises(weightbus.UpdateError, match="example_inputs: the forward raised RuntimeError"),
+    ):
+        pair.update(1)

@@ -44,6 +44,8 @@ LAYERS = {
         "derived",
         "constants",
         "account",
+        "reads",
+        "audit",
         "digest",
         "ledger",
         "changes",

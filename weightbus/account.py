@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
@@ -17,10 +17,11 @@ from weightbus.install import Target, matches
 from weightbus.part import Part
 from weightbus.regions import Regions
 from weightbus.spec import ITEMSIZE, Spec
-from weightbus.tree import Found, tree_of
+from weightbus.tree import Found, Tree, tree_of
 
 Pair = tuple[int, int]
 
+FILLED = "zeros or ones when a plan was made, filled since; not fed by updates"
 CHANGED = (
     "expected the bytes that its constructor makes, as it had when a plan was made, got others "
     "(declare it with local=[...] if the engine writes to it)"
@@ -31,17 +32,19 @@ CHANGED = (
 class Account:
     """All tensors of a module tree but those that updates feed, and those that are local.
 
-    unknown: by name, why nothing is known of the tensor. constants: by name, their sums under ``seed`` when
-    they were found out; places: those that were zeros or ones then. recipes: what makes the derived ones.
-    regions: memory of all that is known.
+    unknown: by name, why nothing is known of the tensor. reads: those that only a forward showed. held: the
+    constants; constants: their sums under ``seed`` when they were found out; places: those that were zeros or
+    ones then. recipes: what makes the derived ones. tree: what was looked at.
     """
 
     unknown: Mapping[str, str]
+    held: tuple[Found, ...]
     constants: Mapping[str, Pair]
     places: frozenset[str]
     recipes: tuple[Recipe, ...]
     seed: bytes
-    regions: Regions
+    tree: Tree
+    reads: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,15 @@ class Spoilt:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """unknown: by name, with the reason. recipes: of what is derived. left: neither fed, local nor derived."""
+
+    unknown: dict[str, str]
+    recipes: list[Recipe]
+    left: list[Found]
+
+
 def account_of(
     tops: Mapping[str, nn.Module], target: Target, *, local: Sequence[str], derived: Derived
 ) -> Account:
@@ -62,72 +74,57 @@ def account_of(
     Runs constructors of modules that hold other tensors a second time (``constants``), derived= functions once.
     Raises SpecError for a function that does not make its tensors.
     """
-    return _account(tops, target, local, derived, None)[0]
+    tree = tree_of(tops)
+    known = _sorted(tree, target, local, derived)
+    for recipe in known.recipes:
+        recipe.try_out()
+    constants, unknown = Constants(tree).among(known.left)
+    seed = secrets.token_bytes(32)
+    return Account(
+        unknown=known.unknown | unknown,
+        held=tuple(constants),
+        constants=_sums(constants, seed),
+        places=frozenset(one.name for one in constants if placeholder(one.tensor)),
+        recipes=tuple(known.recipes),
+        seed=seed,
+        tree=tree,
+    )
 
 
 def recount(
     tops: Mapping[str, nn.Module], target: Target, *, local: Sequence[str], derived: Derived, before: Account
 ) -> tuple[Account, list[Spoilt]]:
-    """The same again, with what has changed of the constants and of what is derived since ``before``."""
-    return _account(tops, target, local, derived, before)
+    """The same for a tree that may have changed, and the constants that no longer are what they were."""
+    account = before if not before.tree.changed() else _recounted(tops, target, local, derived, before)
+    sums = _sums(account.held, account.seed)
+    changed = [one for one in account.held if sums[one.name] != account.constants[one.name]]
+    filled = {one.name: FILLED for one in changed if one.name in account.places}
+    spoilt = [one for one in changed if one.name not in account.places]
+    if filled:
+        account = replace(account, unknown={**account.unknown, **filled})
+    return account, [Spoilt(one.name, "constant", _whole(one), CHANGED) for one in spoilt]
 
 
-def _account(
-    tops: Mapping[str, nn.Module],
-    target: Target,
-    local: Sequence[str],
-    derived: Derived,
-    before: Account | None,
-) -> tuple[Account, list[Spoilt]]:
-    layout, tree = target.layout, tree_of(tops)
-    unknown = {
-        name: why
-        for name, why in (target.exempt | tree.unseen).items()
-        if why not in ("local", "derived") and not matches(name, local)
-    }
-    known = Regions(
-        part.tensor
-        for name, parts in layout.parts.items()
-        if target.exempt.get(name) != "derived" and name not in unknown
-        for part in parts
+def _recounted(
+    tops: Mapping[str, nn.Module], target: Target, local: Sequence[str], derived: Derived, before: Account
+) -> Account:
+    """Only what is new is looked into: what was unknown stays so until a plan is made."""
+    tree = tree_of(tops)
+    known = _sorted(tree, target, local, derived)
+    held = [one for one in known.left if one.name in before.constants]
+    new = [one for one in known.left if one.name not in before.constants and one.name not in before.unknown]
+    constants, unknown = Constants(tree).among(new)
+    unknown |= {one.name: before.unknown[one.name] for one in known.left if one.name in before.unknown}
+    return Account(
+        unknown=known.unknown | unknown | dict(before.reads),
+        reads=before.reads,
+        held=(*held, *constants),
+        constants=_sums(constants, before.seed) | {one.name: before.constants[one.name] for one in held},
+        places=before.places | {one.name for one in constants if placeholder(one.tensor)},
+        recipes=tuple(known.recipes),
+        seed=before.seed,
+        tree=tree,
     )
-    left = [one for one in tree.found if id(one.held) not in layout.stand_ins and not known.cover(one.tensor)]
-    left = [one for one in left if one.name not in unknown]
-    own = [one for one in left if matches(one.name, local)]
-    known = Regions([*known.tensors, *(one.tensor for one in own)])
-    left = [one for one in left if not known.cover(one.tensor)]
-    made = [one for one in left if matches(one.name, derived) or target.exempt.get(one.name) == "derived"]
-    recipes, undone = recipes_of(made, tree, derived)
-    unknown |= undone
-    if before is None:
-        for recipe in recipes:
-            recipe.try_out()
-    known = Regions([*known.tensors, *(one.tensor for recipe in recipes for one in recipe.found)])
-    left = [one for one in left if one.name not in undone and not known.cover(one.tensor)]
-    odd = {one.name: f"its dtype is {one.tensor.dtype}" for one in left if _dtype(one) not in ITEMSIZE}
-    unknown |= odd
-    left = [one for one in left if one.name not in odd]
-    held = before.constants if before else {}
-    constants, others = Constants(tree).among([one for one in left if one.name not in held])
-    constants += [one for one in left if one.name in held]
-    seed = before.seed if before else secrets.token_bytes(32)
-    sums = _sums(constants, seed)
-    changed = {one.name for one in constants if one.name in held and held[one.name] != sums[one.name]}
-    filled = {name for name in changed if before and name in before.places}
-    others |= dict.fromkeys(filled, "zeros or ones when a plan was made, filled since; not fed by updates")
-    spoilt = [
-        Spoilt(one.name, "constant", _whole(one), CHANGED) for one in constants if one.name in changed - filled
-    ]
-    account = Account(
-        unknown=unknown | others,
-        constants={name: held.get(name, pair) for name, pair in sums.items()},
-        places=(before.places if before else frozenset())
-        | {o.name for o in constants if placeholder(o.tensor)},
-        recipes=tuple(recipes),
-        seed=seed,
-        regions=Regions([*known.tensors, *(one.tensor for one in constants)]),
-    )
-    return account, spoilt + (stale(account) if before else [])
 
 
 def stale(account: Account) -> list[Spoilt]:
@@ -137,6 +134,35 @@ def stale(account: Account) -> list[Spoilt]:
         for recipe in account.recipes
         for one in recipe.differ()
     ]
+
+
+def _sorted(tree: Tree, target: Target, local: Sequence[str], derived: Derived) -> _Sorted:
+    layout, exempt = target.layout, target.exempt
+    unknown = {
+        name: why
+        for name, why in (exempt | tree.unseen).items()
+        if why not in ("local", "derived") and not matches(name, local)
+    }
+    fed = Regions(
+        part.tensor
+        for name, parts in layout.parts.items()
+        if exempt.get(name) != "derived" and name not in unknown
+        for part in parts
+    )
+    left = [
+        one
+        for one in tree.found
+        if one.name not in unknown and id(one.held) not in layout.stand_ins and not fed.cover(one.tensor)
+    ]
+    own = Regions([*fed.tensors, *(one.tensor for one in left if matches(one.name, local))])
+    left = [one for one in left if not own.cover(one.tensor)]
+    made = [one for one in left if matches(one.name, derived) or exempt.get(one.name) == "derived"]
+    recipes, undone = recipes_of(made, tree, derived)
+    unknown |= undone
+    known = Regions([*own.tensors, *(one.tensor for recipe in recipes for one in recipe.found)])
+    left = [one for one in left if one.name not in unknown and not known.cover(one.tensor)]
+    unknown |= {one.name: f"its dtype is {one.tensor.dtype}" for one in left if _dtype(one) not in ITEMSIZE}
+    return _Sorted(unknown, recipes, [one for one in left if one.name not in unknown])
 
 
 def _whole(one: Found) -> Box:

@@ -19,6 +19,7 @@ from weightbus.install import NameMap
 from weightbus.layout import Source, layout_of, rank_and_size
 from weightbus.loopback import PREFIX
 from weightbus.publisher import Publisher
+from weightbus.reads import Inputs
 from weightbus.report import Report, Verdict
 from weightbus.subscriber import Subscriber
 
@@ -80,6 +81,7 @@ def colocate(
     local: Sequence[str] = (),
     derived: Derived = (),
     require_proof: bool = False,
+    example_inputs: Inputs = None,
     on_update: Callable[[int | None], None] | None = None,
     on_commit: Callable[[int | None], None] | None = None,
     on_torn: Callable[[WeightbusError], None] | None = None,
@@ -92,7 +94,8 @@ def colocate(
     ranks. Collective over the ranks: rank, size default as a Publisher's. In a job of one process the two may
     also lie on different devices, and no hub is started; otherwise one is, on this host, until all ranks have
     closed, at ``address`` or at a free port that the ranks tell each other through the default group.
-    name_map, local, derived, require_proof and the callbacks are a Subscriber's; options are a Publisher's.
+    name_map, local, derived, require_proof, example_inputs and the callbacks are a Subscriber's; options are a
+    Publisher's.
     Raises SpecError for a source or target that can't be moved, and for ranks with neither group nor address.
     """
     if not isinstance(source, nn.Module | Mapping):
@@ -115,6 +118,7 @@ def colocate(
             local=local,
             derived=derived,
             require_proof=require_proof,
+            example_inputs=example_inputs,
             on_update=on_update,
             on_commit=on_commit,
             on_torn=on_torn,

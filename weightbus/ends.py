@@ -6,14 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from weightbus import messages as m
-from weightbus.account import Account, Spoilt, account_of, recount, stale
+from weightbus.audit import Audit
 from weightbus.changes import Snapshot
 from weightbus.derived import Derived
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
@@ -23,6 +22,7 @@ from weightbus.hook import Traces
 from weightbus.install import NameMap, Target
 from weightbus.layout import Layout, Source, layout_of
 from weightbus.ledger import Former, Ledger, Record, live_entries
+from weightbus.reads import Inputs
 from weightbus.spec import Spec
 
 log = logging.getLogger("weightbus")
@@ -151,6 +151,7 @@ class Destination(_End):
         derived: Derived,
         trust_traces: bool,
         require_proof: bool = False,
+        example_inputs: Inputs = None,
         on_update: Callable[[int | None], None] | None,
         on_commit: Callable[[int | None], None] | None,
         on_torn: Callable[[WeightbusError], None] | None,
@@ -162,7 +163,10 @@ class Destination(_End):
             raise SpecError(f"{one}: shares part of its storage with {other}; expected one or the other")
         self.device = _device(self.layout, device)
         self._name_map, self._local, self._derived = name_map, local, derived
-        self._trust_traces, self.require_proof = trust_traces, require_proof
+        self._trust_traces = trust_traces
+        self.audit = Audit(
+            self.source, local=local, derived=derived, require_proof=require_proof, inputs=example_inputs
+        )
         self.cpu_group = cpu_group
         self._on_update, self._on_commit = on_update, on_commit
         self._on_torn, self._on_refused = on_torn, on_refused
@@ -173,7 +177,6 @@ class Destination(_End):
         self._torn: set[str] = set()  # modules that hold a mixture
         self._traces: Traces = {}
         self._last: tuple[Target, tuple[tuple[str, ...] | None, bool]] | None = None
-        self._accounts: WeakKeyDictionary[Target, Account] = WeakKeyDictionary()
         self._loaded: dict[str, str] = {}
         self.snapshot: Snapshot | None = None
 
@@ -203,57 +206,6 @@ class Destination(_End):
         )
         self._last = target, asked
         return target
-
-    def survey(self, target: Target) -> None:
-        """Find out what the model computes with besides what ``target`` feeds, when a plan is made.
-
-        Raises SpecError where proof is required and something is unknown.
-        """
-        self._accounts[target] = account_of(
-            self._tops(target), target, local=self._local, derived=self._derived
-        )
-        if self.require_proof and (unknown := self.unproved(target)):
-            name, why = next(iter(unknown.items()))
-            others = f"; the same for {', '.join(list(unknown)[1:9])}" if len(unknown) > 1 else ""
-            more = f" and {len(unknown) - 9} more" if len(unknown) > 9 else ""
-            raise SpecError(
-                f"{name}: expected proof, as require_proof says, got none: {why} (declare it with local=[...] "
-                f"if no update concerns it, with derived={{...}} if the engine computes it){others}{more}"
-            )
-
-    def unproved(self, target: Target) -> dict[str, str]:
-        """Names of which an update does not prove that the model computes with the version's, and why."""
-        account = self._accounts.get(target)
-        return target.arrived() | dict(account.unknown if account else {})
-
-    def recount(self, target: Target) -> list[Spoilt]:
-        """Look at the whole tree again; constants and derived tensors that have changed."""
-        before = self._accounts.get(target)
-        if before is None:
-            self.survey(target)
-            return []
-        self._accounts[target], spoilt = recount(
-            self._tops(target), target, local=self._local, derived=self._derived, before=before
-        )
-        return spoilt
-
-    def derive(self, target: Target, *, prove: bool) -> list[Spoilt]:
-        """Make derived tensors again, of what is live now; those that a second computation makes otherwise.
-
-        Raises UpdateError with a function's own error.
-        """
-        account = self._accounts[target]
-        for recipe in account.recipes:
-            recipe.refresh()
-        return stale(account) if prove else []
-
-    def _tops(self, target: Target) -> dict[str, nn.Module]:
-        """The modules of which ``target`` is, by the prefix of their names; none of a source of pairs."""
-        if isinstance(self.source, nn.Module):
-            return {"": self.source}
-        if not isinstance(self.source, Mapping):
-            return {}
-        return {f"{name}.": self.source[name] for name in target.layout.modules}
 
     def _loaders(self) -> dict[str, nn.Module]:
         """Modules that have ``load_weights``, by the prefix of their names."""
@@ -285,8 +237,7 @@ class Destination(_End):
         assert record.target is not None
         target = self.target(record.target.manifest, job.modules)
         ledger = Ledger(live_entries(target, {}, record.group, {}))
-        if record.target in self._accounts:
-            self._accounts.setdefault(target, self._accounts[record.target])
+        self.audit.follow(target, record.target)
         moved = replace(record, ledger=ledger, sums=ledger.sums.copy(), target=target)
         self.commit(moved, job.modules)
         return moved

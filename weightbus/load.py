@@ -127,9 +127,9 @@ class Load:
 
     def _account(self, target: Target) -> None:
         """What of the model this load would not prove. Raises SpecError where proof is required."""
-        self._destination.survey(target)
-        self.partial = self._destination.unproved(target)
-        if self._destination.require_proof and (word := self.word) != "verified":
+        self._destination.audit.begin(target)
+        self.partial = self._destination.audit.unproved(target)
+        if self._destination.audit.require_proof and (word := self.word) != "verified":
             raise SpecError(
                 f"{self.what}: expected a digest list of every module, as require_proof says, "
                 f"got a load that would be {word}"
@@ -233,7 +233,7 @@ class Load:
             hook.run(whole)
         for _, _, region, fill in self._target.fills():
             region.fill_(fill.value)
-        for spoilt in self._destination.derive(self._target, prove=self.task.verify):
+        for spoilt in self._destination.audit.derive(self._target, prove=self.task.verify):
             raise DigestError(f"{spoilt.name}: {spoilt.reason}")
         if self._sums:
             self._prove(self._sums)

@@ -24,6 +24,7 @@ from weightbus.link import REJOIN_S
 from weightbus.load import Load
 from weightbus.progress import Bar
 from weightbus.publisher import DEFAULT_NUM_BUCKETS
+from weightbus.reads import Inputs
 from weightbus.report import Loaded
 from weightbus.session import Session
 from weightbus.task_turn import raise_for
@@ -53,6 +54,8 @@ class Subscriber:
         ``{pattern: function}``: the function takes the module that holds the tensor and returns a new one. It
         is copied into place after each update and proved by a second call (docs/checks.md).
     require_proof: an update or load of which something would not be proved is refused, before a byte moves.
+    example_inputs: of one forward, run when a plan is made to find storage that it reads and no module holds:
+        a tensor, a tuple, a dict of named ones, or a function that runs it. All is put back afterwards.
     trust_traces: a ``weight_loader`` that could be traced is not called: its writes are made directly, with
         no staging memory. Not for hooks that do more than write.
     on_update: called with the version before any byte is written (pause). Then exactly one of
@@ -83,6 +86,7 @@ class Subscriber:
         derived: Derived = (),
         trust_traces: bool = False,
         require_proof: bool = False,
+        example_inputs: Inputs = None,
         on_update: Callable[[int | None], None] | None = None,
         on_commit: Callable[[int | None], None] | None = None,
         on_torn: Callable[[WeightbusError], None] | None = None,
@@ -103,6 +107,7 @@ class Subscriber:
             derived=derived,
             trust_traces=trust_traces,
             require_proof=require_proof,
+            example_inputs=example_inputs,
             on_update=on_update,
             on_commit=on_commit,
             on_torn=on_torn,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from weightbus.errors import UpdateError
+from weightbus.part import plain_view
+from weightbus.regions import Regions
+from weightbus.torch_dtensor import local_tensor
 
 _LARGE = 1 << 20  # elements; tensors of more are made without memory, as no constant is so large without need
 _ESCAPES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
@@ -54,7 +57,7 @@ class Flows(TorchDispatchMode):
         given = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         if func is _aten.lift_fresh.default:
             self._made |= given  # values that Python code spelt out
-        written = self._written(func, args, kwargs)
+        written = {self._key(tensor) for tensor in writes(func, args, kwargs)}
         if written - self._made:
             raise Unrepeatable("its constructor writes to tensors that it has not made")
         if func in _FACTORIES and _elements(args[0]) > _LARGE:
@@ -72,14 +75,6 @@ class Flows(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._alive.setdefault(storage._cdata, storage)
         return int(storage._cdata)
-
-    def _written(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
-        written: set[int] = set()
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[index] if index < len(args) else kwargs.get(argument.name)
-                written |= {self._key(t) for t in tree_leaves(value) if isinstance(t, Tensor)}
-        return written
 
     def registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         """A parameter has been made, in whichever thread."""
@@ -145,13 +140,82 @@ class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[index] if index < len(args) else kwargs.get(argument.name)
-                for tensor in tree_leaves(value):
-                    if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._storages:
-                        raise UpdateError("it writes to live tensors; expected new ones")
+        if any(tensor.untyped_storage()._cdata in self._storages for tensor in writes(func, args, kwargs)):
+            raise UpdateError("it writes to live tensors; expected new ones")
         return func(*args, **kwargs)
+
+
+class Reads(TorchDispatchMode):
+    """Notes storage that operations read, and that neither they nor the caller made.
+
+    known: storage that is accounted for. inputs: the caller's. found: by a name, what is read, and by what.
+    """
+
+    def __init__(self, known: Regions, inputs: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: dict[str, str] = {}
+        self._known = known
+        self._alive: dict[int, torch.UntypedStorage] = {}
+        self._own = {self._key(tensor) for tensor in inputs}
+        self._named: set[int] = set()
+        self._made: set[int] = set()
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [local_tensor(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func is _aten.lift_fresh.default:
+            self._own |= {self._key(tensor) for tensor in given}
+        for tensor in given:
+            if self._key(tensor) not in self._own and tensor.numel() and tensor.device.type != "meta":
+                self._read(func, tensor)
+        for tensor in writes(func, args, kwargs):
+            self._save(local_tensor(tensor))
+        keys = {self._key(tensor) for tensor in given}
+        result = func(*args, **kwargs)
+        made = {self._key(local_tensor(t)) for t in tree_leaves(result) if isinstance(t, Tensor)}
+        self._own |= made - keys
+        self._made |= made - keys
+        return result
+
+    def _read(self, func: Any, tensor: Tensor) -> None:
+        if tensor.layout is torch.strided and self._known.cover(plain_view(tensor)):
+            return
+        key = self._key(tensor)
+        name = f"storage read by {func}: {tensor.dtype} {list(tensor.shape)}"
+        if key not in self._named:
+            self._named.add(key)
+            same = sum(other.startswith(name) for other in self.found)
+            self.found[name + (f" ({same + 1})" if same else "")] = "held by no module that was looked at"
+
+    def _save(self, tensor: Tensor) -> None:
+        key = self._key(tensor)
+        if key not in self._made and key not in self._saved:
+            live = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+            self._saved[key] = live, live.clone()
+
+    def restore(self) -> None:
+        """Put back what was written over."""
+        with torch.inference_mode():
+            for live, before in self._saved.values():
+                live.copy_(before)
+
+    def _key(self, tensor: Tensor) -> int:
+        storage = local_tensor(tensor).untyped_storage()
+        self._alive.setdefault(storage._cdata, storage)
+        return int(storage._cdata)
+
+
+def writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments that it writes to."""
+    found: list[Tensor] = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
 
 
 def _elements(size: Sequence[int]) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections import deque
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MemberDescriptorType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,9 @@ MAX_DEPTH = 16
 MAX_OBJECTS = 1_000_000
 """How many objects are looked at in all."""
 
+MAX_GLANCED = 10_000
+"""Of longer lists only a new length is seen between two walks."""
+
 _LEAVES = (
     str,
     bytes,
@@ -42,6 +47,7 @@ _LEAVES = (
     torch.device,
     torch.Generator,
 )
+_PLAIN = {type(None), bool, int, float, str}
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 # Of the standard library only these hold what a model may compute with; loggers, locks and queues do not.
@@ -61,14 +67,49 @@ class Found:
     held: Tensor
 
 
+class Glance:
+    """Sees, in a few loops in C, whether modules, objects and containers still hold the same objects."""
+
+    def __init__(self) -> None:
+        self.dicts: list[dict[Any, Any]] = []
+        self.empty: list[dict[Any, Any]] = []
+        self.rows: list[Collection[Any]] = []
+        self.slots: list[tuple[MemberDescriptorType, object]] = []
+        self._before: object = None
+
+    def keep(self) -> None:
+        """What is held now is what ``changed`` compares with."""
+        self._before = self._now()
+
+    def changed(self) -> bool:
+        """Whether something has been put in, taken out or replaced."""
+        return self._before != self._now()
+
+    def _now(self) -> object:
+        return (
+            list(map(id, chain.from_iterable(map(dict.values, self.dicts)))),
+            [list(map(id, row)) if len(row) <= MAX_GLANCED else len(row) for row in self.rows],
+            [id(_slot(descriptor, value)) for descriptor, value in self.slots],
+            any(self.empty),
+        )
+
+
 @dataclass(slots=True)
 class Tree:
     """found: in the order of modules, registered tensors first. unseen: what could not be looked at, and why.
-    around: by the ``id`` of a module, itself and the modules around it, innermost first, with prefixes."""
+    around: by the ``id`` of a module, itself and the modules around it, innermost first, with prefixes.
+    glance: at all that was looked into.
+    """
 
     found: list[Found] = field(default_factory=list)
     unseen: dict[str, str] = field(default_factory=dict)
     around: dict[int, tuple[tuple[str, nn.Module], ...]] = field(default_factory=dict)
+    glance: Glance = field(default_factory=Glance)
+
+    def changed(self) -> bool:
+        """Whether something else is held now, or a tensor lies elsewhere."""
+        moved = (local_tensor(one.held).data_ptr() != one.tensor.data_ptr() for one in self.found)
+        return self.glance.changed() or any(moved)
 
 
 def tree_of(tops: Mapping[str, nn.Module]) -> Tree:
@@ -81,6 +122,7 @@ def tree_of(tops: Mapping[str, nn.Module]) -> Tree:
         walker.registered(prefix, top)
     for prefix, top in tops.items():
         walker.module(prefix, top)
+    walker.tree.glance.keep()
     return walker.tree
 
 
@@ -112,12 +154,14 @@ class _Walker:
         for path, module in walk(top, prefix):
             if id(module) not in self._seen:
                 self._seen.add(id(module))
+                for held in (module._parameters, module._buffers, module._modules):
+                    (self.tree.glance.dicts if held else self.tree.glance.empty).append(held)
                 self._owner, self._prefix = module, path
                 self._attributes(path, module, 0)
         self._owner, self._prefix = before
 
     def _value(self, name: str, value: object, depth: int) -> None:
-        if value is None or isinstance(value, _LEAVES):
+        if type(value) in _PLAIN or isinstance(value, _LEAVES):
             return
         if isinstance(value, Tensor):
             self._tensor(name, value, depth)
@@ -127,6 +171,8 @@ class _Walker:
                 self.registered(f"{name}.", value)
                 self._owner, self._prefix = before
                 self.module(f"{name}.", value)
+        elif type(value) in (dict, OrderedDict) and not value:
+            self.tree.glance.empty.append(value)  # type: ignore[arg-type]
         elif id(value) not in self._seen:
             if depth >= MAX_DEPTH or len(self._seen) >= MAX_OBJECTS:
                 limit = (
@@ -140,6 +186,7 @@ class _Walker:
 
     def _items(self, name: str, value: object, depth: int) -> None:
         if isinstance(value, dict):
+            self.tree.glance.dicts.append(value)
             for key, item in list(dict.items(value)):
                 self._value(f"{name}[{_key(key)}]", item, depth + 1)
                 self._value(f"{name}.keys[{_key(key)}]", key, depth + 1)
@@ -147,6 +194,7 @@ class _Walker:
             for key, item in zip(fields, value, strict=False):
                 self._value(f"{name}.{key}", item, depth + 1)
         elif isinstance(value, list | tuple | deque | AbstractSet):
+            self.tree.glance.rows.append(value)
             for index, item in enumerate(list(value)):
                 self._value(f"{name}[{index}]", item, depth + 1)
 
@@ -159,21 +207,18 @@ class _Walker:
             own = object.__getattribute__(value, "__dict__")
         except AttributeError:
             own = {}
-        for key, item in list(own.items()) if isinstance(own, dict) else ():
-            if not (isinstance(value, nn.Module) and key in _REGISTERED):
-                self._value(f"{prefix}{key}", item, depth + 1)
-        for base in kind.__mro__:
-            if base.__module__.partition(".")[0] in _SKIPPED - {"functools"}:
-                continue
-            for key, item in list(vars(base).items()):
-                if isinstance(item, MemberDescriptorType):
-                    try:
-                        item = item.__get__(value, kind)
-                    except AttributeError:
-                        continue
+        if isinstance(own, dict):
+            self.tree.glance.dicts.append(own)
+            skipped = _REGISTERED if isinstance(value, nn.Module) else ()
+            for key, item in list(own.items()):
+                if type(item) not in _PLAIN and key not in skipped:
                     self._value(f"{prefix}{key}", item, depth + 1)
-                elif isinstance(item, Tensor | list | dict | tuple | set):
-                    self._value(f"{prefix}{key}", item, depth + 1)
+        slots, shared = _of_class(kind)
+        for key, slot in slots:
+            self.tree.glance.slots.append((slot, value))
+            self._value(f"{prefix}{key}", _slot(slot, value), depth + 1)
+        for key, item in shared:
+            self._value(f"{prefix}{key}", item, depth + 1)
 
     def _tensor(self, name: str, tensor: Tensor, depth: int) -> None:
         if id(tensor) in self._tensors or is_lazy(tensor):
@@ -201,6 +246,21 @@ class _Walker:
         )
 
 
+def _of_class(kind: type) -> tuple[list[tuple[str, MemberDescriptorType]], list[tuple[str, object]]]:
+    """The slots of a class's objects, and what its own classes hold for all of them."""
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _SKIPPED]
+    rows = [(key, item) for base in bases for key, item in list(vars(base).items())]
+    slots = [(key, item) for key, item in rows if isinstance(item, MemberDescriptorType)]
+    return slots, [row for row in rows if isinstance(row[1], Tensor | list | dict | tuple | set)]
+
+
+def _slot(descriptor: MemberDescriptorType, value: object) -> object:
+    try:
+        return descriptor.__get__(value, type(value))
+    except AttributeError:
+        return None
+
+
 def _unlookable(tensor: Tensor) -> str:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(tensor).__name__}, whose data lies elsewhere"
@@ -218,6 +278,13 @@ def _prefixes(path: str) -> list[str]:
     """A prefix and those around it, innermost first: ``a.b.`` gives itself, ``a.`` and the empty one."""
     keys = path.split(".")[:-1]
     return ["".join(f"{key}." for key in keys[:count]) for count in range(len(keys), -1, -1)]
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Tensors that are followed from any value."""
+    walker = _Walker()
+    walker._value("", value, 0)
+    return [one.tensor for one in walker.tree.found]
 
 
 def plain(value: object) -> bool:

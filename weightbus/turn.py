@@ -193,6 +193,7 @@ class Turn:
             if first:
                 self._look_at_tensors()
             if offer.planned:
+                self._look_at_tree()
                 return self._ready()
             self.close()
             both = self._me.trainer is not None and self._me.server is not None
@@ -234,6 +235,12 @@ class Turn:
                 session.forget_plans()
             session.destination.before(self._offer.version)
 
+    def _look_at_tree(self) -> None:
+        """Server ranks: what the model holds besides its parameters may be more than when the plan was made."""
+        planned, destination = self._planned, self.session.destination
+        if planned is not None and planned.target is not None and destination is not None:
+            destination.audit.again(planned.target)
+
     def gathered(self, gathered: m.Gathered) -> None:
         session = self.session
         try:
@@ -242,7 +249,7 @@ class Turn:
                 return self._ready()
             self._sources = gathered
             if (target := self._target(gathered)) is not None and session.destination:
-                session.destination.survey(target)
+                session.destination.audit.begin(target)
                 assert self._sharing is not None, "made with the offer"
                 memory = self._sharing.reach(self._exports(gathered), self._rank)
                 self._send_facts(encode_facts(target.facts()), memory)
@@ -337,7 +344,7 @@ class Turn:
             if planned.target:
                 planned.target.fill()
                 if session.destination:
-                    self._wrong += amiss(session.destination.derive(planned.target, prove=verify))
+                    self._wrong += amiss(session.destination.audit.derive(planned.target, prove=verify))
         finally:
             progress.wrote |= route.wrote
         self._lap("transfer")
@@ -419,7 +426,7 @@ class Turn:
                     live.append(self._fold(job, evidence.live, evidence.live.group))
                     if (target := evidence.live.target) is not None and (end := self.session.destination):
                         wrong += spoiled(target)
-                        partial |= end.unproved(target)
+                        partial |= end.audit.unproved(target)
                         if self._offer.kind == "check":
                             hidden.append(hidden_sums(job, target, evidence.live.seed))
                             exempt |= target.exempt
@@ -460,7 +467,7 @@ class Turn:
                     live.ledger.digest_live(job.seed)
                     live.sums[:] = live.ledger.sums
                     if live.target is not None and session.destination:
-                        self._wrong += amiss(session.destination.recount(live.target))
+                        self._wrong += amiss(session.destination.audit.check(live.target))
                 self._evidence.append(Evidence(sent=sent, live=live, modules=job.modules, live_only=True))
         except Exception as caught:
             error = explain(caught)
