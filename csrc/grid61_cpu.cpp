@@ -10,6 +10,11 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define GRID61_AVX2 __attribute__((target("avx2")))
+#endif
+
 #include "grid61.h"
 #include "sha256.h"
 
@@ -18,18 +23,24 @@ using namespace grid61;
 namespace {
 
 constexpr i64 kNames = 256, kNameThreads = 8;  // names that a thread takes at a time; threads at most
-constexpr i64 kBlock = 1024;  // words whose products are summed before one reduction; their keys fit in L1
+constexpr i64 kBlock = 512;  // words whose products are summed before one reduction; their keys fit in L1
+constexpr int kKeyDigits = 3, kKeyBits = 21;  // a key in digits: 32 + 21 bits, times kBlock, stay below 2**64
 
 struct Sums {
   u64 lane[kLanes];
 };
 
+// The row key's powers 0 ... kBlock - 1, in digits.
+struct BlockKeys {
+  u64 digit[kLanes][kKeyDigits][kBlock];
+};
+
 // What one call needs of the seed's keys.
 struct Tables {
   i64 axes;
-  std::vector<u64> powers;         // as in grid61.h
-  std::vector<u64> words[kLanes];  // the row key's powers 0 ... kBlock - 1
-  u64 block[kLanes];               // its power kBlock
+  std::vector<u64> powers;  // as in grid61.h
+  BlockKeys words;
+  u64 block[kLanes];  // the row key's power kBlock
 };
 
 Tables make_tables(const u64* keys, i64 axes) {
@@ -44,9 +55,10 @@ Tables make_tables(const u64* keys, i64 axes) {
   }
   for (int lane = 0; lane < kLanes; ++lane) {
     u64 power = 1;
-    tables.words[lane].resize(kBlock);
-    for (u64& word : tables.words[lane]) {
-      word = power;
+    for (i64 i = 0; i < kBlock; ++i) {
+      for (int d = 0; d < kKeyDigits; ++d) {
+        tables.words.digit[lane][d][i] = power >> (d * kKeyBits) & ((1ull << kKeyBits) - 1);
+      }
       power = multiply(power, keys[lane * axes]);
     }
     tables.block[lane] = power;
@@ -66,46 +78,91 @@ u32 load_bytes(const unsigned char* p, i64 low, i64 high) {  // of one word; the
   return word;
 }
 
-// A sum of up to kBlock products of a word and a key.
+// A sum of products of a word and a key, by digits of the key: none of them overflows, which would take more
+// than 2**(64 - 32 - kKeyBits) products, so no product needs a reduction or more than 64 bits.
 struct Wide {
-#if defined(__SIZEOF_INT128__)
-  unsigned __int128 sum = 0;  // below 2**103
-  void add_product(u64 word, u64 key) { sum += (unsigned __int128)word * key; }
-  u64 reduced() const { return add((u64)sum & P, (u64)(sum >> 61)); }
-#else
-  u64 sum = 0;
-  void add_product(u64 word, u64 key) { sum = add(sum, multiply(word, key)); }
-  u64 reduced() const { return sum; }
-#endif
+  u64 digit[kKeyDigits] = {0, 0, 0};
+  u64 reduced() const {
+    u64 sum = 0;
+    for (int d = kKeyDigits - 1; d >= 0; --d) {
+      sum = add(multiply(sum, 1ull << kKeyBits), add(digit[d] & P, digit[d] >> 61));
+    }
+    return sum;
+  }
 };
+
+void add_product(u64 word, const BlockKeys& keys, i64 i, Wide* sums) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int d = 0; d < kKeyDigits; ++d) sums[lane].digit[d] += word * keys.digit[lane][d][i];
+  }
+}
+
+void add_products(const unsigned char* p, const BlockKeys& keys, i64 first, i64 stop, Wide* sums) {
+  for (i64 i = first; i < stop; ++i) add_product(load_word(p + 4 * i), keys, i, sums);
+}
+
+#if defined(GRID61_AVX2)
+// The same, four words at a time.
+GRID61_AVX2 void add_products_avx2(const unsigned char* p, const BlockKeys& keys, i64 first, i64 stop, Wide* sums) {
+  __m256i total[kLanes][kKeyDigits];
+  for (auto& lane : total) {
+    for (__m256i& digit : lane) digit = _mm256_setzero_si256();
+  }
+  i64 i = first;
+  for (; i + 4 <= stop; i += 4) {
+    __m256i words = _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)(p + 4 * i)));
+#pragma GCC unroll 2
+    for (int lane = 0; lane < kLanes; ++lane) {
+#pragma GCC unroll 3
+      for (int d = 0; d < kKeyDigits; ++d) {
+        __m256i key = _mm256_loadu_si256((const __m256i*)&keys.digit[lane][d][i]);
+        total[lane][d] = _mm256_add_epi64(total[lane][d], _mm256_mul_epu32(words, key));
+      }
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int d = 0; d < kKeyDigits; ++d) {
+      u64 four[4];
+      _mm256_storeu_si256((__m256i*)four, total[lane][d]);
+      sums[lane].digit[d] += four[0] + four[1] + four[2] + four[3];
+    }
+  }
+  add_products(p, keys, i, stop, sums);
+}
+#endif
+
+using AddProducts = void (*)(const unsigned char*, const BlockKeys&, i64, i64, Wide*);
+
+AddProducts best_add_products() {
+#if defined(GRID61_AVX2)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) return add_products_avx2;
+#endif
+  return add_products;
+}
+
+const AddProducts add_all_products = best_add_products();
 
 // Sums of bytes [lead, end) after p, of which the first word has power 0.
 Sums run_sums(const unsigned char* p, i64 lead, i64 end, const Tables& tables) {
   Sums total = {{0, 0}};
   u64 scale[kLanes] = {1, 1};
-  const u64 *key0 = tables.words[0].data(), *key1 = tables.words[1].data();
   i64 words = end / 4;
   for (i64 base = 0; base * 4 < end; base += kBlock) {
-    Wide sum0, sum1;
-    i64 stop = std::min(words - base, kBlock), i = 0;
+    Wide wide[kLanes];
+    i64 stop = std::min(words - base, kBlock), first = 0;
     const unsigned char* q = p + 4 * base;
     if (base == 0 && lead) {
-      sum0.sum = sum1.sum = load_bytes(q, lead, std::min<i64>(end, 4));
-      i = 1;
+      add_product(load_bytes(q, lead, std::min<i64>(end, 4)), tables.words, 0, wide);
+      first = 1;
     }
-    for (; i < stop; ++i) {
-      u64 word = load_word(q + 4 * i);
-      sum0.add_product(word, key0[i]);
-      sum1.add_product(word, key1[i]);
+    add_all_products(q, tables.words, first, stop, wide);
+    if (stop < kBlock && end % 4 && first <= stop) {  // first > stop: the leading word was the last one too
+      add_product(load_bytes(q + 4 * stop, 0, end % 4), tables.words, stop, wide);
     }
-    if (stop < kBlock && end % 4 && i <= stop) {  // i > stop: the leading word was the last one too
-      u64 word = load_bytes(q + 4 * stop, 0, end % 4);
-      sum0.add_product(word, key0[stop]);
-      sum1.add_product(word, key1[stop]);
-    }
-    u64 sums[kLanes] = {sum0.reduced(), sum1.reduced()};
     for (int lane = 0; lane < kLanes; ++lane) {
-      total.lane[lane] = add(total.lane[lane], base ? multiply(sums[lane], scale[lane]) : sums[lane]);
+      u64 sum = wide[lane].reduced();
+      total.lane[lane] = add(total.lane[lane], base ? multiply(sum, scale[lane]) : sum);
       if (end > 4 * (base + kBlock)) scale[lane] = multiply(scale[lane], tables.block[lane]);
     }
   }
