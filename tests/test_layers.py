@@ -18,7 +18,7 @@ PACKAGE = "weightbus"
 
 # Module or package -> layer; a package stands for all files in it. A new file must be placed here.
 LAYERS = {
-    1: ("errors", "box", "spec", "facts", "plan", "narrow", "exports", "peer_plan", "runs"),
+    1: ("errors", "box", "spec", "facts", "plan", "holders", "narrow", "exports", "peer_plan", "runs"),
     2: (
         "part",
         "_addresses",

@@ -66,8 +66,8 @@ class Room:
         return self.heard()
 
 
-def fold(a, b=0, nbytes=8, group=0):
-    return m.Fold(job=0, group=group, sums=(a, b), nbytes=nbytes)
+def fold(a, b=0, nbytes=8, group=0, due=8):
+    return m.Fold(job=0, group=group, sums=(a, b), nbytes=nbytes, due=due)
 
 
 def only(sent, kind):
@@ -118,10 +118,14 @@ def test_a_stale_rank_brings_a_new_survey():
     ("sent", "live", "verdict", "reason"),
     [
         ([fold(5)], [fold(5)], "verified", None),
-        ([fold(5)], [fold(5, nbytes=4)], "failed", "expected 8 bytes digested, got 4"),
-        ([], [fold(5)], "failed", "expected no bytes digested, got 8"),
-        ([fold(5)], [], "failed", "digested jobs [] only"),
-        ([fold(0, 0, 0)], [fold(0, 0, 8)], "failed", "expected 0 bytes digested, got 8"),
+        ([fold(5)], [fold(5, nbytes=4)], "failed", "got 4 here, 8 on the trainer ranks"),
+        ([], [fold(5)], "failed", "got 8 here, 0 on the trainer ranks"),
+        ([fold(5)], [], "failed", "expected each of 1 jobs digested once, got jobs []"),
+        ([fold(0, 0, 0)], [fold(0, 0, 8)], "failed", "got 8 here, 0 on the trainer ranks"),
+        ([fold(0, 0, 0)], [fold(0, 0, 0)], "failed", "expected 8 bytes digested at both ends"),
+        ([fold(5, due=9)], [fold(5)], "failed", "expected 8 or 9 bytes digested at both ends"),
+        ([fold(5), fold(5)], [fold(5)], "failed", "got 8 here, 16 on the trainer ranks"),
+        ([fold(0, 0, 0, due=0)], [fold(0, 0, 0, due=0)], "failed", "that proves nothing"),
     ],
 )
 def test_sums_without_the_bytes_are_no_proof(sent, live, verdict, reason):

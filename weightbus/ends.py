@@ -37,6 +37,7 @@ class _End:
         self.source: Source = source if _rereadable(source) else list(source)  # type: ignore[arg-type]
         self.layout: Layout = layout_of(self.source)
         self._records: dict[str, Record] = {}
+        self._written: dict[str, int] = {}  # by module, when an update wrote it last: a count
         self._changed = False
 
     def refresh(self, *, in_place: bool = False) -> bool:
@@ -60,6 +61,7 @@ class _End:
         return modules if modules is not None else self.layout.modules or ("",)
 
     def commit(self, record: Record, modules: Sequence[str] | None) -> None:
+        self._forget(modules)
         for key in self._keys(modules):
             self._records[key] = record
 
@@ -77,8 +79,13 @@ class _End:
         return Former(version=record.version, seed=record.seed, sums=record.sums)
 
     def forget(self, modules: Sequence[str] | None) -> None:
+        self._forget(modules)
+
+    def _forget(self, modules: Sequence[str] | None) -> None:
+        count = max(self._written.values(), default=0) + 1
         for key in self._keys(modules):
             self._records.pop(key, None)
+            self._written[key] = count
 
 
 class Origin(_End):
@@ -115,6 +122,7 @@ class Origin(_End):
                             part.tensor.is_contiguous() and part.tensor.device == device
                             for part in layout.parts[name]
                         ),
+                        modules=tuple(sorted(layout.owners[name] - {""})),
                     )
                     for name, spec in layout.specs.items()
                 }
@@ -130,9 +138,19 @@ class Origin(_End):
             modules.setdefault(id(record), []).append(key)
             records[id(record)] = record
         return [
-            m.Job(version=r.version, plan=r.plan, seed=r.seed, modules=None if keys == [""] else keys)
-            for r, keys in ((records[i], keys) for i, keys in modules.items())
+            m.Job(
+                version=records[i].version,
+                plan=records[i].plan,
+                seed=records[i].seed,
+                modules=None if keys == [""] else keys,
+                without=sorted(k for k, when in self._written.items() if when > self._written[keys[0]]),
+            )
+            for i, keys in modules.items()
         ]
+
+    def unproved(self) -> list[str]:
+        """Modules of a mapping of which no verified update counts."""
+        return [key for key in self._keys(None) if key not in self._records]
 
     def record(self, job: m.Job) -> Record:
         return self._records[self._keys(job.modules)[0]]
@@ -236,7 +254,8 @@ class Destination(_End):
         """The record over storage that has moved since."""
         assert record.target is not None
         target = self.target(record.target.manifest, job.modules)
-        ledger = Ledger(live_entries(target, {}, record.group, {}))
+        entries = live_entries(target, {}, record.group, {})
+        ledger = Ledger(entries, record.ledger.wants, record.ledger.owners)
         self.audit.follow(target, record.target)
         moved = replace(record, ledger=ledger, sums=ledger.sums.copy(), target=target)
         self.commit(moved, job.modules)

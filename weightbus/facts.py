@@ -7,7 +7,7 @@ Facts travel as msgpack, once for each pair of layouts. Pure integers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -25,13 +25,15 @@ class Holding:
 
     in_place: whether each box lies contiguous on this rank, so that a transfer may use its storage.
     why_arrived: why the server rank can only vouch for what arrived, not for what is live
-    (an opaque hook installs it); empty where the boxes are live storage.
+    (an opaque hook installs it); empty where the boxes are live storage. modules: of a trainer rank's mapping,
+    those that own the tensor, under any of its names.
     """
 
     spec: Spec
     boxes: tuple[Box, ...]
     in_place: bool = False
     why_arrived: str = ""
+    modules: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +50,7 @@ class _Row(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     in_place: bool
     why_arrived: str
+    modules: tuple[str, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -64,6 +67,7 @@ def encode_facts(facts: Facts) -> bytes:
                 boxes=tuple((box.offsets, box.sizes) for box in holding.boxes),
                 in_place=holding.in_place,
                 why_arrived=holding.why_arrived,
+                modules=holding.modules,
             )
             for name, holding in facts.items()
         ]
@@ -90,8 +94,20 @@ def decode_facts(blob: bytes, sender: str) -> dict[str, Holding]:
             if not box.inside(row.shape):
                 raise SpecError(f"{row.name}: box {box} lies outside {list(row.shape)}; facts of {sender}")
         spec = Spec(name=row.name, dtype=row.dtype, shape=row.shape)
-        facts[row.name] = Holding(spec=spec, boxes=boxes, in_place=row.in_place, why_arrived=row.why_arrived)
+        facts[row.name] = Holding(
+            spec=spec, boxes=boxes, in_place=row.in_place, why_arrived=row.why_arrived, modules=row.modules
+        )
     return facts
+
+
+def owners_of(sources: Iterable[Facts]) -> dict[str, frozenset[str]]:
+    """By wire name, the trainer's modules that own the tensor; nothing for a source that is no mapping."""
+    owners: dict[str, frozenset[str]] = {}
+    for facts in sources:
+        for name, holding in facts.items():
+            if holding.modules:
+                owners[name] = owners.get(name, frozenset()) | frozenset(holding.modules)
+    return owners
 
 
 def facts_id(blob: bytes) -> str:

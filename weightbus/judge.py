@@ -39,18 +39,78 @@ def compare_folds(
     for peer, member in members.items():
         if member.server is None:
             continue
-        digested = {fold.job for fold in dones[peer].live}
-        if digested != set(range(jobs)):
-            complaints.append((member, f"digested jobs {sorted(digested)} only"))
+        digested = sorted(fold.job for fold in dones[peer].live)
+        if digested != list(range(jobs)):
+            complaints.append((member, f"expected each of {jobs} jobs digested once, got jobs {digested}"))
         for fold in dones[peer].live:
-            folds = sent.get((fold.job, fold.group))
-            nbytes = sum(one.nbytes for one in folds) if folds else None
-            if nbytes != fold.nbytes:
-                expected = "no" if nbytes is None else nbytes
-                complaints.append((member, f"expected {expected} bytes digested, got {fold.nbytes}"))
-            elif total(one.sums for one in folds or ()) != fold.sums:
+            folds = sent.get((fold.job, fold.group), [])
+            nbytes = sum(one.nbytes for one in folds)
+            due = {fold.due, *(one.due for one in folds)}
+            if due != {fold.nbytes} or nbytes != fold.nbytes:
+                text = f"expected {' or '.join(map(str, sorted(due)))} bytes digested at both ends, as the "
+                text += f"manifest says; got {fold.nbytes} here, {nbytes} on the trainer ranks together"
+                complaints.append((member, text))
+            elif total(one.sums for one in folds) != fold.sums:
                 wrong.add((fold.job, fold.group))
+    for job in range(jobs):
+        live = [(peer, fold) for peer in members for fold in dones[peer].live if fold.job == job]
+        if live and not any(fold.nbytes for _, fold in live):
+            text = "expected bytes to digest, got none on any server rank: that proves nothing"
+            complaints.append((members[live[0][0]], text))
     return sorted(wrong), complaints
+
+
+def compare_held(
+    members: Mapping[str, m.Member], held: Mapping[str, Sequence[m.HeldFold]]
+) -> tuple[list[tuple[int, int]], list[tuple[m.Member, str]]]:
+    """Sets of trainer ranks, and groups, for which the ranks hold different bytes; complaints where not all of
+    a set's ranks have digested as much."""
+    folds: dict[tuple[int, int], list[tuple[str, m.HeldFold]]] = {}
+    for peer, of_peer in held.items():
+        for fold in of_peer:
+            folds.setdefault((fold.holders, fold.group), []).append((peer, fold))
+    differ, complaints = [], []
+    for place, found in sorted(folds.items()):
+        peer, first = found[0]
+        sizes = {(fold.ranks, fold.nbytes) for _, fold in found}
+        if len(sizes) > 1 or len({p for p, _ in found}) != len(found) or len(found) != first.ranks:
+            text = f"expected {first.ranks} trainer ranks to digest the {first.nbytes} bytes that they hold"
+            told = ", ".join(f"{fold.nbytes} on {members[p]}" for p, fold in found)
+            complaints.append((members[peer], f"{text}, got {told}"))
+        elif any(fold.sums != first.sums for _, fold in found):
+            differ.append(place)
+    return differ, complaints
+
+
+def name_held(members: Mapping[str, m.Member], answers: Mapping[str, m.Sums]) -> list[m.Failure]:
+    """Tensors that trainer ranks hold differently: each rank that differs from most, or from the first."""
+    held: dict[str, dict[str, list[tuple[int, int, Pair]]]] = {}
+    for peer in members:
+        for sums in answers[peer].held if peer in answers else ():
+            for name, pair in sums.sums.items():
+                held.setdefault(name, {}).setdefault(peer, []).append((sums.holders, sums.group, pair))
+    found = []
+    for name in sorted(held, key=str.encode):
+        digests = {peer: tuple(rows) for peer, rows in held[name].items()}
+        order = list(digests.values())
+        usual = max(order, key=lambda one: (order.count(one), -order.index(one)))
+        first = next(peer for peer, one in digests.items() if one == usual)
+        for peer, one in digests.items():
+            if one == usual:
+                continue
+            got, expected = _text(_only(one, usual)), _text(_only(usual, one))
+            reason = (
+                f"trainer ranks hold different bytes under this name: digest {got} here, {expected} on "
+                f"{members[first]}; make them equal before the update (broadcast from one rank), give what "
+                f"is meant to differ names of its own or a DTensor's shards, or leave the tensor out"
+            )
+            found.append(m.Failure(rank=str(members[peer]), tensor=name, reason=reason, kind="replicas differ"))
+    return found
+
+
+def _only(rows: Sequence[tuple[int, int, Pair]], others: Sequence[tuple[int, int, Pair]]) -> Pair | None:
+    """The sums of the first row that is not among ``others``."""
+    return next((pair for *place, pair in rows if (*place, pair) not in others), None)
 
 
 @dataclass(slots=True, kw_only=True)

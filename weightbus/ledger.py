@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -30,19 +31,47 @@ Stage = int | str
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """Tensors by the trainer's modules that own them. modules: of these; None: of all. without: of none of
+    these, which another update has written since."""
+
+    modules: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+
+    def takes(self, owners: frozenset[str]) -> bool:
+        return (self.modules is None or not owners.isdisjoint(self.modules)) and owners.isdisjoint(self.without)
+
+
+ALL = Chosen()
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A part to digest for some groups of server ranks, at a stage."""
+    """A part to digest for some groups of server ranks, at a stage.
+
+    live: it lies in live storage then and later. own: this rank answers for it towards the groups. holders:
+    the set of trainer ranks that hold it (``Replicated``) and are compared with each other; None for one alone.
+    """
 
     part: Part
     stage: Stage
     groups: tuple[int, ...]
     live: bool = True
+    own: bool = True
+    holders: int | None = None
 
 
 class Ledger:
-    """Entries, and their sums under the seed of the last update."""
+    """Entries, and their sums under the seed of the last update.
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    wants: what each group wants, which says how much there is to digest. owners: of each tensor, by wire name
+    (``owners_of``).
+    """
+
+    def __init__(
+        self, entries: Iterable[Entry], wants: Mapping[int, Facts], owners: Mapping[str, frozenset[str]]
+    ) -> None:
+        self.wants, self.owners = wants, owners
         by_stage: dict[Stage, list[Entry]] = {}
         for entry in entries:
             by_stage.setdefault(entry.stage, []).append(entry)
@@ -59,7 +88,9 @@ class Ledger:
         self._keys: tuple[bytes, Sums] = b"", self.sums
         self._nbytes = [entry.part.tensor.nbytes for entry in self._entries]
         self._rows: dict[str, list[tuple[int, Entry]]] = {}
-        self._selections: dict[tuple[int, tuple[str, ...] | None, bool], tuple[Rows, list[str], int]] = {}
+        # Kept, for they are asked for at every update.
+        self._select = cache(self._selected)
+        self.due = cache(self._due)
 
     def launch(self, stage: Stage, seed: bytes) -> bool:
         """Start to digest what belongs to ``stage``, on the current stream; whether there is anything."""
@@ -83,6 +114,13 @@ class Ledger:
                 self.launch(stage, seed)
         self.collect()
 
+    def digest_held(self, seed: bytes) -> Sums:
+        """Sums of what other trainer ranks hold too, as it lies now; of nothing else."""
+        rows = [row for row, entry in enumerate(self._entries) if entry.holders is not None]
+        sums = np.zeros_like(self.sums)
+        sums[rows] = Digester([self._entries[row].part for row in rows]).sums(seed)
+        return sums
+
     def prepare(self, seed: bytes) -> None:
         """Work out what ``fold`` needs under this seed, while there is time."""
         if self._keys[0] != seed:
@@ -90,55 +128,80 @@ class Ledger:
 
     @property
     def groups(self) -> list[int]:
-        return sorted({group for entry in self._entries for group in entry.groups})
+        """Those towards which this rank answers for something."""
+        return sorted({group for entry in self._entries if entry.own for group in entry.groups})
 
-    def _select(
-        self, group: int, modules: Sequence[str] | None, live_only: bool
+    @cached_property
+    def shared(self) -> list[tuple[int, int]]:
+        """Sets of holders and groups for which this rank is compared with the others of the set."""
+        return sorted(
+            {(e.holders, group) for e in self._entries if e.holders is not None for group in e.groups}
+        )
+
+    def _due(self, group: int, chosen: Chosen = ALL, live_only: bool = False) -> int:
+        """Bytes of a group's tensors that are to be digested at each end, as its wants say."""
+        return sum(
+            holding.nbytes
+            for name, holding in self.wants[group].items()
+            if chosen.takes(self.owners.get(name, frozenset())) and not (live_only and holding.why_arrived)
+        )
+
+    def _selected(
+        self, group: int, chosen: Chosen, live_only: bool, holders: int | None
     ) -> tuple[Rows, list[str], int]:
-        """Rows, names and bytes of a group's entries; kept, for they are asked for at every update."""
-        key = (group, None if modules is None else tuple(modules), live_only)
-        if key not in self._selections:
-            rows = [
-                row
-                for row, entry in enumerate(self._entries)
-                if group in entry.groups
-                and (entry.live or not live_only)
-                and (modules is None or entry.part.spec.name.split(".", 1)[0] in modules)
-            ]
-            names = [self._entries[row].part.spec.name for row in rows]
-            self._selections[key] = np.array(rows, np.intp), names, sum(self._nbytes[row] for row in rows)
-        return self._selections[key]
+        """Rows, names and bytes of the entries for a group: this rank's own, or those of a set of holders."""
+        rows = [
+            row
+            for row, entry in enumerate(self._entries)
+            if group in entry.groups
+            and (entry.own if holders is None else entry.holders == holders)
+            and (entry.live or not live_only)
+            and chosen.takes(self.owners.get(entry.part.spec.name, frozenset()))
+        ]
+        names = [self._entries[row].part.spec.name for row in rows]
+        return np.array(rows, np.intp), names, sum(self._nbytes[row] for row in rows)
 
     def fold(
         self,
         sums: Sums,
         seed: bytes,
         group: int,
-        modules: Sequence[str] | None = None,
+        chosen: Chosen = ALL,
         *,
         live_only: bool = False,
+        holders: int | None = None,
     ) -> tuple[tuple[int, int], int]:
-        """Folded sums and digested bytes of a group's tensors. sums: as ``self.sums`` was at some time."""
-        rows, _, nbytes = self._select(group, modules, live_only)
+        """Folded sums and digested bytes of a group's tensors. sums: as ``self.sums`` was at some time.
+
+        holders: of what this set of trainer ranks holds, else of what this rank answers for.
+        """
+        rows, _, nbytes = self._select(group, chosen, live_only, holders)
         self.prepare(seed)
         return fold_with(self._keys[1][rows], sums[rows]), nbytes
 
     def by_tensor(
-        self, sums: Sums, group: int, modules: Sequence[str] | None = None, *, live_only: bool = False
+        self,
+        sums: Sums,
+        group: int,
+        chosen: Chosen = ALL,
+        *,
+        live_only: bool = False,
+        holders: int | None = None,
     ) -> dict[str, tuple[int, int]]:
-        """Sums of each of a group's tensors."""
+        """Sums of each of a group's tensors; arguments as of ``fold``."""
         totals: dict[str, tuple[int, int]] = {}
-        rows, names, _ = self._select(group, modules, live_only)
+        rows, names, _ = self._select(group, chosen, live_only, holders)
         for name, (a, b) in zip(names, sums[rows].tolist(), strict=True):
             x, y = totals.get(name, (0, 0))
             totals[name] = ((a + x) % P, (b + y) % P)
         return totals
 
     def rows(self, name: str) -> list[tuple[int, Entry]]:
-        """Rows of ``sums`` that are of one tensor, with their entries."""
+        """Rows of ``sums`` that are of one tensor and that this rank answers for, with their entries."""
         if not self._rows:
             for row, entry in enumerate(self._entries):
-                self._rows.setdefault(entry.part.spec.name, []).append((row, entry))
+                if entry.own:
+                    self._rows.setdefault(entry.part.spec.name, []).append((row, entry))
         return self._rows.get(name, [])
 
 
@@ -171,11 +234,20 @@ class Record:
 
 
 def sent_entries(
-    name: str, spec: Spec, box: Box, tensor: Tensor, stage: Stage, wants: Sequence[Facts]
+    name: str,
+    spec: Spec,
+    box: Box,
+    tensor: Tensor,
+    stage: Stage,
+    wants: Sequence[Facts],
+    *,
+    own: bool = True,
+    holders: int | None = None,
 ) -> list[Entry]:
-    """Entries for one box that a trainer rank sends: its overlaps with the boxes that groups want.
+    """Entries for one box that a trainer rank sends, or holds like the one that does: its overlaps with the
+    boxes that groups want.
 
-    tensor: the box in the wire's dtype. wants: the facts of each group.
+    tensor: the box in the wire's dtype. wants: the facts of each group. own, holders: as of an Entry.
     """
     groups: dict[Box, list[int]] = {}
     opaque: set[Box] = set()
@@ -191,6 +263,8 @@ def sent_entries(
             stage=stage,
             groups=tuple(members),
             live=inner not in opaque,
+            own=own,
+            holders=holders,
         )
         for inner, members in groups.items()
     ]

@@ -227,12 +227,16 @@ class Farewell(Message, tag="farewell"):
 
 
 class Job(Record):
-    """A set of modules that one committed update wrote: its seed and plan say what to expect."""
+    """A set of modules that one committed update wrote: its seed and plan say what to expect.
+
+    without: modules that were written later; a tensor that is tied to one of them is no longer this update's.
+    """
 
     version: Count
     plan: Token
     seed: Seed
     modules: list[Name] | None
+    without: list[Name] = []
 
 
 class Enter(Message, tag="enter"):
@@ -320,12 +324,48 @@ class Gathered(Message, tag="gathered"):
     memory: dict[Rank, Blob] = {}
 
 
+class Fold(Record):
+    """Folded sums of one job for one group of server ranks that want the same boxes.
+
+    nbytes: that were digested for it. due: that the group's wants say are to be digested at each end, all told.
+    """
+
+    job: Count
+    group: Count
+    sums: Pair
+    nbytes: Count
+    due: Count = 0
+
+
+class HeldFold(Record):
+    """Folded sums of what a set of trainer ranks holds alike, of which this is one.
+
+    holders, group: which set, and for which group's boxes; ranks: how many ranks are in it.
+    """
+
+    holders: Count
+    ranks: Size
+    group: Count
+    sums: Pair
+    nbytes: Count
+
+
+class HeldSums(Record):
+    holders: Count
+    group: Count
+    sums: dict[Name, Pair]
+
+
 class Ready(Message, tag="ready"):
-    """``stale``: this rank's tensors moved since the plan was made; facts must be exchanged again."""
+    """``stale``: this rank's tensors moved since the plan was made; facts must be exchanged again.
+
+    held: of a new plan, what several trainer ranks hold, under a seed of the plan's own.
+    """
 
     peer: Token
     plan: Token = ""
     stale: bool = False
+    held: list[HeldFold] = []
 
 
 class Refuse(Message, tag="refuse"):
@@ -339,15 +379,6 @@ class Go(Message, tag="go"):
     """Every member is ready: run the plan, digest under ``seed``."""
 
     seed: Seed
-
-
-class Fold(Record):
-    """Folded sums of one job for one group of server ranks that want the same boxes."""
-
-    job: Count
-    group: Count
-    sums: Pair
-    nbytes: Count
 
 
 class Span(Record):
@@ -374,7 +405,8 @@ class TensorSums(Record):
 
 
 class Done(Message, tag="done"):
-    """A member has run its part. Of a trainer rank: ``sent``; of a server rank: ``live``.
+    """A member has run its part. Of a trainer rank: ``sent``, and ``held`` of what others hold too; of a server
+    rank: ``live``.
 
     partial: names that are not proved, and why (``cut``). wrong: what the rank itself finds
     wrong. nbytes: of the plan. starts, stages: seconds from the offer to the start of each stage on this
@@ -386,6 +418,7 @@ class Done(Message, tag="done"):
     peer: Token
     nbytes: Count = 0
     sent: list[Fold] = []
+    held: list[HeldFold] = []
     live: list[Fold] = []
     partial: Partial = {}
     wrong: list[Wrong] = []
@@ -399,15 +432,18 @@ class Done(Message, tag="done"):
 
 
 class Detail(Message, tag="detail"):
-    """Folds differ: send the sums of each tensor for these groups of these jobs."""
+    """Folds differ: send the sums of each tensor for these groups of these jobs, and for what these sets of
+    trainer ranks hold for these groups."""
 
     groups: list[tuple[Count, Count]]
+    held: list[tuple[Count, Count]] = []
 
 
 class Sums(Message, tag="sums"):
     peer: Token
     sent: list[TensorSums] = []
     live: list[TensorSums] = []
+    held: list[HeldSums] = []
 
 
 class Suspect(Record):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from weightbus.box import Box
 from weightbus.facts import Facts
+from weightbus.holders import holders_of
 from weightbus.plan import Want, check_wants, merge_sources, wire_specs
 from weightbus.spec import ITEMSIZE, Spec, fingerprint
 
@@ -52,7 +53,7 @@ def plan_peer(sources: Mapping[int, Facts], wants: Mapping[int, Want]) -> PeerPl
     copies: dict[int, list[Piece]] = {rank: [] for rank in wants}
     load = dict.fromkeys(sources, 0)
     for index, spec in enumerate(specs):
-        for box, holders in _holders(spec.name, sources).items():
+        for box, holders in holders_of(spec.name, sources).items():
             owner = min(holders, key=lambda rank: (load[rank], rank))
             load[owner] += box.volume * ITEMSIZE[spec.dtype]
             owned.append(Piece(owner, index, box))
@@ -63,16 +64,6 @@ def plan_peer(sources: Mapping[int, Facts], wants: Mapping[int, Want]) -> PeerPl
     frozen = {rank: tuple(pieces) for rank, pieces in copies.items()}
     name = fingerprint(["peer", *specs, *owned, *frozen.items()])
     return PeerPlan(specs=specs, owned=tuple(owned), copies=frozen, fingerprint=name)
-
-
-def _holders(name: str, sources: Mapping[int, Facts]) -> dict[Box, list[int]]:
-    """The distinct boxes of a tensor, each with the ranks that hold it."""
-    holders: dict[Box, list[int]] = {}
-    for rank, facts in sources.items():
-        for box in facts[name].boxes if name in facts else ():
-            if box.volume:
-                holders.setdefault(box, []).append(rank)
-    return holders
 
 
 def _within(wanted: Sequence[Box], held: Box) -> list[Box]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from weightbus.box import Box, check_exact_cover
 from weightbus.errors import CoverageError, SpecError
 from weightbus.facts import Facts, Holding
+from weightbus.holders import holders_of
 from weightbus.spec import ITEMSIZE, Spec, castable, fingerprint
 
 # Start of a slot in its bucket: enough for the widest dtype and for 16-byte vector copies.
@@ -154,7 +155,7 @@ def plan_broadcast(
     distinct = list({id(want.facts): want.facts for want in wants}.values())
     for index, spec in enumerate(specs):
         itemsize = ITEMSIZE[spec.dtype]
-        for box, holders in _holders(spec.name, sources).items():
+        for box, holders in holders_of(spec.name, sources).items():
             src = min(holders, key=lambda rank: (lengths[rank], rank))
             lengths[src] += box.volume * itemsize
             pieces = box.split(max(1, bucket_bytes // itemsize))
@@ -185,16 +186,6 @@ def _direct(wire: Spec, held: Holding, pieces: Sequence[Box], wants: Sequence[Fa
     return True
 
 
-def _holders(name: str, sources: Mapping[int, Facts]) -> dict[Box, list[int]]:
-    """The distinct boxes of a tensor, each with the ranks that hold it."""
-    holders: dict[Box, list[int]] = {}
-    for rank, facts in sources.items():
-        for box in facts[name].boxes if name in facts else ():
-            if box.volume:
-                holders.setdefault(box, []).append(rank)
-    return holders
-
-
 def merge_sources(sources: Mapping[int, Facts]) -> dict[str, Spec]:
     """The manifest in canonical order: what all trainer ranks hold together, each element once."""
     manifest: dict[str, Spec] = {}
@@ -208,7 +199,7 @@ def merge_sources(sources: Mapping[int, Facts]) -> dict[str, Spec]:
                 )
             owner.setdefault(name, rank)
     for name, spec in manifest.items():
-        check_exact_cover(name, spec.shape, _holders(name, sources), "boxes of all trainer ranks")
+        check_exact_cover(name, spec.shape, holders_of(name, sources), "boxes of all trainer ranks")
     return {name: manifest[name] for name in sorted(manifest, key=str.encode)}
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from weightbus.box import Box
 from weightbus.bucket import Compiled, Staging, compile_waves
 from weightbus.errors import ProtocolError
 from weightbus.exports import ASKED_FOR, OTHER_HOST, Choice, Exports, Reach, choose_route
-from weightbus.facts import Facts
+from weightbus.facts import Facts, owners_of
+from weightbus.holders import Replicated, replicated
 from weightbus.install import Target
 from weightbus.ipc import Parts
 from weightbus.ledger import Entry, Ledger, live_entries, sent_entries
 from weightbus.once import say_once
+from weightbus.part import Part
 from weightbus.peer import CompiledPeer, compile_peer
 from weightbus.peer_plan import PeerPlan, plan_peer, why_cast
 from weightbus.plan import Plan, Want, plan_broadcast
@@ -69,7 +74,8 @@ class Survey:
 class Planned:
     """A plan, compiled for this rank, with what it digests.
 
-    group: this server rank's. wants: of all groups. nbytes: the plan's.
+    group: this server rank's. wants: of all groups. holders: the sets of trainer ranks that hold the same.
+    nbytes: the plan's.
     """
 
     choice: Choice
@@ -81,6 +87,7 @@ class Planned:
     live: Ledger
     group: int
     wants: Mapping[int, Facts]
+    holders: Sequence[Sequence[int]]
     nbytes: int
 
 
@@ -93,6 +100,7 @@ def make_planned(
     """
     try:
         wants = list(survey.wants.values())
+        shared = replicated(survey.sources)
         cast = why_cast(survey.sources, wants)
         alone = survey.sources.keys() == survey.wants.keys() == {survey.rank}
         if alone and settings.route == "auto":
@@ -115,7 +123,7 @@ def make_planned(
                 target=target,
                 staging=staging,
             )
-            sent = _owned(plan, own, survey.rank, survey.groups)
+            sent = _owned(plan, _Held(own, survey, shared))
         else:
             if not alone and staging.device.type == "cuda" and choice.reason not in (ASKED_FOR, OTHER_HOST):
                 say_once(f"no peer copies, NCCL serves: {choice.reason}")
@@ -126,8 +134,9 @@ def make_planned(
                 in_place=settings.source != "host",
             )
             compiled = compile_waves(plan, survey.rank, source=own, target=target, staging=staging)
-            sent = _sent(plan, compiled, survey.rank, survey.groups)
+            sent = _sent(plan, compiled, _Held(own, survey, shared))
         stages = {name: _stage(last, len(compiled.waves)) for name, last in compiled.last.items()}
+        owners = owners_of(survey.sources.values())
         live = live_entries(target, compiled.whole, survey.group, stages) if target else []
         return Planned(
             choice=choice,
@@ -135,10 +144,11 @@ def make_planned(
             plan=plan,
             compiled=compiled,
             target=target,
-            sent=Ledger(sent),
-            live=Ledger(live),
+            sent=Ledger(sent, survey.groups, owners),
+            live=Ledger(live, survey.groups, owners),
             group=survey.group,
             wants=survey.groups,
+            holders=shared.sets,
             nbytes=plan.nbytes,
         )
     except BaseException:
@@ -152,32 +162,54 @@ def _stage(wave: int, waves: int) -> int:
     return min((wave // every + 1) * every, waves) - 1
 
 
-def _sent(plan: Plan, compiled: Compiled, rank: int, groups: Mapping[int, Facts]) -> list[Entry]:
-    """Entries for everything that this rank sends: where it lies, or as cast in its bucket."""
+class _Held:
+    """What a trainer rank digests of what it holds: what it answers for, and what others hold too."""
+
+    def __init__(self, own: Parts, survey: Survey, shared: Replicated) -> None:
+        self.own, self.rank, self.shared = own, survey.rank, shared
+        self.wants = [survey.groups[group] for group in sorted(survey.groups)]
+        self.entries: list[Entry] = []
+
+    def add(
+        self, src: int, spec: Spec, box: Box, stage: int, sent: Tensor | None = None, cast_stage: int = 0
+    ) -> None:
+        """``box``, for which ``src`` answers. sent: as it is sent, if by this rank, else where it lies."""
+        holders = self.shared.set_of(spec.name, box)
+        if src != self.rank and (holders is None or self.rank not in self.shared.sets[holders]):
+            return
+        part = next(part for part in self.own[spec.name] if part.box.intersect(box) == box)
+        lies = part.tensor[box.within(part.box)]
+        own, cast = src == self.rank, part.spec.dtype != spec.dtype
+        if own and sent is not None and (cast or sent.device != lies.device):
+            # What is answered for is what leaves, from its bucket; what is compared is what is held.
+            self.entries += sent_entries(spec.name, spec, box, sent, cast_stage, self.wants)
+            own = False
+            if holders is None:
+                return
+        if cast:
+            # As it is held: only the rank that sends has it in the wire's dtype. For no group of server ranks.
+            held = Part(spec=part.spec, box=box, tensor=lies)
+            groups = (len(self.wants),)
+            self.entries.append(Entry(part=held, stage=stage, groups=groups, own=False, holders=holders))
+        else:
+            self.entries += sent_entries(
+                spec.name, spec, box, lies, stage, self.wants, own=own, holders=holders
+            )
+
+
+def _sent(plan: Plan, compiled: Compiled, held: _Held) -> list[Entry]:
+    """Entries of a rank that broadcasts, at the waves in which what they digest is on its way."""
     specs: dict[str, Spec] = {spec.name: spec for spec in plan.specs}
-    wants = [groups[group] for group in sorted(groups)]
-    entries = []
     for index, wave in enumerate(compiled.waves):
         for step in wave.steps:
-            if step.src != rank:
-                continue
-            for name, box, view, origin in step.boxes:
-                assert origin is not None
-                if origin.dtype == view.dtype and origin.device == view.device:
-                    stage, view = _stage(index, len(compiled.waves)), origin
-                else:
-                    stage = index
-                entries += sent_entries(name, specs[name], box, view, stage, wants)
-    return entries
+            for name, box, view, _ in step.boxes:
+                stage = _stage(index, len(compiled.waves))
+                held.add(step.src, specs[name], box, stage, sent=view, cast_stage=index)
+    return held.entries
 
 
-def _owned(plan: PeerPlan, own: Parts, rank: int, groups: Mapping[int, Facts]) -> list[Entry]:
-    """Entries for everything that this rank answers for, where it lies."""
-    wants = [groups[group] for group in sorted(groups)]
-    entries = []
+def _owned(plan: PeerPlan, held: _Held) -> list[Entry]:
+    """Entries of a rank out of whose memory others copy, where it lies."""
     for piece in plan.owned:
-        if piece.src == rank:
-            spec = plan.specs[piece.tensor]
-            part = next(part for part in own[spec.name] if part.box == piece.box)
-            entries += sent_entries(spec.name, spec, piece.box, part.tensor, 0, wants)
-    return entries
+        held.add(piece.src, plan.specs[piece.tensor], piece.box, 0)
+    return held.entries

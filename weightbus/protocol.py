@@ -8,7 +8,8 @@ when all have, the step on the right starts the next phase.
     ENTER     trainer ranks      Enter       offer: fix members and epoch; go on as planned or survey
     SOURCES   trainer ranks      Facts       relay all sources to every member
     WANTS     server ranks       Facts       relay all wants to every member
-    READY     members            Ready       go, if all computed the same plan
+    READY     members            Ready       go, if all computed the same plan and trainer ranks hold the same
+    COMPARE   members            Sums        name the tensors that they hold differently, and refuse
     RUN       members            Done        judge: compare folded sums
     DETAIL    members            Sums        name the tensors whose sums differ, and look into them
     CLUES     members            Clues       see what they are; ask for sums of boxes
@@ -33,7 +34,7 @@ import msgspec
 
 from weightbus import messages as m
 from weightbus.asks import Past
-from weightbus.judge import Inquiry, compare_folds
+from weightbus.judge import Inquiry, compare_folds, compare_held, name_held
 from weightbus.rebuild import Rebuilt, past_of
 from weightbus.requests import Requests
 from weightbus.roster import Peer, Roster
@@ -57,6 +58,7 @@ class Phase(Enum):
     SOURCES = auto()
     WANTS = auto()
     READY = auto()
+    COMPARE = auto()
     RUN = auto()
     DETAIL = auto()
     CLUES = auto()
@@ -72,6 +74,7 @@ ANSWERS: dict[Phase, tuple[type[m.Message], ...]] = {
     Phase.SOURCES: (m.Facts, m.Refuse),
     Phase.WANTS: (m.Facts, m.Refuse),
     Phase.READY: (m.Ready, m.Refuse),
+    Phase.COMPARE: (m.Sums,),
     Phase.RUN: (m.Done,),
     Phase.DETAIL: (m.Sums,),
     Phase.CLUES: (m.Clues,),
@@ -134,6 +137,7 @@ class Coordinator:
             Phase.SOURCES: self._relay_sources,
             Phase.WANTS: self._relay_wants,
             Phase.READY: self._go,
+            Phase.COMPARE: self._refuse_held,
             Phase.RUN: self._judge,
             Phase.DETAIL: self._name_tensors,
             Phase.CLUES: self._hear,
@@ -407,11 +411,36 @@ class Coordinator:
             reason = "plans differ: " + ", ".join(f"{plan} on {who}" for plan, who in plans.items())
             self._note(round, "all ranks", reason, now)
             self._fail(round, now)
+        elif (differ := self._compare_held(round, now)) is not None:
+            if differ:
+                self._send(round.members, m.Detail(groups=[], held=differ))
+                self._next(round, Phase.COMPARE, round.members, now + round.enter.ready_s)
+            else:
+                self._fail(round, now)
         else:
             self._planned.add(round.offer.plan)
             round.seed = secrets.token_bytes(32)
             self._send(round.members, m.Go(seed=round.seed))
             self._next(round, Phase.RUN, round.members, now + round.enter.transfer_s)
+
+    def _compare_held(self, round: Round, now: float) -> list[tuple[int, int]] | None:
+        """What several trainer ranks hold of a new plan: None if it is equal, else where it is not, or nothing
+        where that is not known and the round has a failure."""
+        held = {peer: answer.held for peer, answer in round.answers.items() if isinstance(answer, m.Ready)}
+        differ, complaints = compare_held(round.members, held)
+        for member, text in complaints:
+            self._note(round, str(member), text, now)
+        return differ if differ or complaints else None
+
+    def _refuse_held(self, round: Round, now: float) -> None:
+        round.failures += name_held(
+            round.members, {p: a for p, a in round.answers.items() if isinstance(a, m.Sums)}
+        )
+        if not round.failures:
+            self._note(
+                round, "trainer ranks", "what they hold differed, and then did not: it changes meanwhile", now
+            )
+        self._fail(round, now)
 
     def _judge(self, round: Round, now: float) -> None:
         dones = round.dones = {p: a for p, a in round.answers.items() if isinstance(a, m.Done)}
@@ -419,14 +448,15 @@ class Coordinator:
             self._end(round, "unverified", now)
             return
         wrong, complaints = compare_folds(round.members, dones, max(1, len(round.enter.jobs)))
-        for member, text in complaints:
+        differ, more = compare_held(round.members, {peer: done.held for peer, done in dones.items()})
+        for member, text in complaints + more:
             self._note(round, str(member), text, now)
-        if complaints:
+        if complaints or more:
             self._fail(round, now)
             return
         round.inquiry = Inquiry(round.members, dones)
-        if wrong:
-            self._send(round.members, m.Detail(groups=wrong))
+        if wrong or differ:
+            self._send(round.members, m.Detail(groups=wrong, held=differ))
             self._next(round, Phase.DETAIL, round.members, now + round.enter.transfer_s)
         elif round.inquiry.failures():
             self._mismatch(round, now)
@@ -436,7 +466,9 @@ class Coordinator:
 
     def _name_tensors(self, round: Round, now: float) -> None:
         assert round.inquiry
-        round.inquiry.named({p: a for p, a in round.answers.items() if isinstance(a, m.Sums)})
+        answers = {p: a for p, a in round.answers.items() if isinstance(a, m.Sums)}
+        round.inquiry.named(answers)
+        round.failures += name_held(round.members, answers)
         suspects = round.inquiry.suspects()
         if not suspects:
             self._mismatch(round, now)
@@ -468,7 +500,7 @@ class Coordinator:
     def _mismatch(self, round: Round, now: float) -> None:
         """The end of a round in which tensors are wrong; each of them is named."""
         assert round.inquiry
-        if not (found := round.inquiry.failures()):
+        if not (found := round.inquiry.failures()) and not round.failures:
             reason = "folded sums differed, sums of the single tensors do not: weights changed meanwhile"
             found = [m.Failure(rank="unknown rank", tensor=None, reason=reason)]
         round.failures = found + round.failures

@@ -283,8 +283,11 @@ class Publisher:
             wrong = [failure for failure in outcome.failures if failure.reason.startswith("expected version")]
             if len(wrong) < len(outcome.failures) or not wrong:
                 raise UpdateError("check:" + "\n  ".join(["", *map(str, outcome.failures)]))
+        partial = dict(outcome.partial)
+        partial |= {module: "no verified update of this module counts" for module in self._origin.unproved()}
+        word = outcome.verdict if outcome.ok else "mismatch"
         return Verdict(
-            word=outcome.verdict if outcome.ok else "mismatch",
+            word="partial" if partial and word == "verified" else word,
             version=self.version,
             mismatches=tuple(
                 Mismatch(
@@ -298,7 +301,7 @@ class Publisher:
                 for failure in outcome.failures
                 for span in [failure.box]
             ),
-            partial=outcome.partial,
+            partial=partial,
             exempt=outcome.exempt,
             servers=outcome.servers,
             seconds=time.monotonic() - begun,

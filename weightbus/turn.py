@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +17,24 @@ from weightbus.exports import Choice, Exports, decode_exports, decode_reach
 from weightbus.facts import Facts, decode_facts, encode_facts
 from weightbus.frozen import Frozen
 from weightbus.install import Target
-from weightbus.lanes import Mark
+from weightbus.lanes import Mark, wait_for
 from weightbus.layout import Part
-from weightbus.ledger import Ledger, Record
+from weightbus.ledger import Chosen, Ledger, Record, Sums
 from weightbus.peer import CompiledPeer, Peer
 from weightbus.plan import Want, merge_sources
 from weightbus.planned import Planned, Settings, Survey, make_planned
 from weightbus.sharing import Look, Sharing
-from weightbus.witness import Evidence, amiss, answer, clue, hidden_sums, spoiled, tensor_sums
+from weightbus.witness import (
+    Evidence,
+    amiss,
+    answer,
+    clue,
+    held_folds,
+    held_sums,
+    hidden_sums,
+    spoiled,
+    tensor_sums,
+)
 
 if TYPE_CHECKING:
     from weightbus.ends import Destination, Origin
@@ -85,6 +96,7 @@ class Turn:
         self.limit_s = SLACK_S
         self._sources: m.Gathered | None = None
         self._evidence: list[Evidence] = []
+        self._held_sums: tuple[Ledger, Sums] | None = None  # of what other trainer ranks hold too
         self._wrong: list[m.Wrong] = []
         self._sharing: Sharing | None = None
         self.farewell: m.Farewell | None = None
@@ -153,7 +165,7 @@ class Turn:
         peer = self.session.link.peer
         self.session.link.send(m.Refuse(peer=peer, reason=explain(error)))
 
-    def _ready(self) -> None:
+    def _ready(self, held: Sequence[m.HeldFold] = ()) -> None:
         """Ready with the offer's plan; without one that still holds, facts must be exchanged again."""
         planned = self._planned
         filled = self.copied.filled if self.copied else None
@@ -171,6 +183,7 @@ class Turn:
                 peer=self.session.link.peer,
                 plan=planned.plan.fingerprint if planned else "",
                 stale=planned is None,
+                held=list(held),
             )
         )
         return None
@@ -245,8 +258,9 @@ class Turn:
         session = self.session
         try:
             if gathered.of == "wants":
-                session.keep_plan(self._offer.plan, self._plan(gathered))
-                return self._ready()
+                planned = self._plan(gathered)
+                session.keep_plan(self._offer.plan, planned)
+                return self._ready(self._compare_held(planned))
             self._sources = gathered
             if (target := self._target(gathered)) is not None and session.destination:
                 session.destination.audit.begin(target)
@@ -299,6 +313,21 @@ class Turn:
         target = self._target(self._sources)
         sharing, self._sharing = self._sharing, None  # from here on the plan's to close
         return make_planned(survey, self._settings, sharing, own, target, session.staging)
+
+    def _compare_held(self, planned: Planned) -> list[m.HeldFold]:
+        """Of a new plan: what this and other trainer ranks hold, digested before any byte moves.
+
+        So ranks that hold different bytes under one name are refused. What drifts apart later is found by each
+        update, while bytes move.
+        """
+        if not self._offer.verify or not planned.sent.shared:
+            return []
+        if self.copied:
+            wait_for(self.copied.filled, self._look(time.monotonic() + self._offer.ready_s))
+        seed = hashlib.sha256(b"weightbus held v1\0" + self._offer.plan.encode()).digest()
+        sums = planned.sent.digest_held(seed)
+        self._held_sums = planned.sent, sums
+        return held_folds(planned.sent, sums, seed, planned.holders)
 
     # -- transfer and verification -----------------------------------------------------------------
 
@@ -374,6 +403,7 @@ class Turn:
                 live=record(planned.live, planned.target, self.session.destination)
                 if self._me.server
                 else None,
+                holders=planned.holders,
             )
         ]
 
@@ -415,12 +445,16 @@ class Turn:
         self.farewell = farewell
 
     def _done(self, error: str = "") -> None:
-        sent, live, wrong, hidden = [], [], list(self._wrong), []
+        sent, held, live, wrong, hidden = [], [], [], list(self._wrong), []
         partial: dict[str, str] = {}
         exempt: dict[str, str] = {}
         if not error and (self._offer.verify or self._offer.kind == "check"):
             for job, evidence in enumerate(self._evidence):
                 if evidence.sent:
+                    if evidence.holders:
+                        ledger, sums = evidence.sent.ledger, evidence.sent.sums
+                        self._held_sums = ledger, sums
+                        held += held_folds(ledger, sums, evidence.sent.seed, evidence.holders)
                     sent += [self._fold(job, evidence.sent, group) for group in evidence.sent.ledger.groups]
                 if evidence.live:
                     live.append(self._fold(job, evidence.live, evidence.live.group))
@@ -434,6 +468,7 @@ class Turn:
             m.Done(
                 peer=self.session.link.peer,
                 sent=sent,
+                held=held,
                 live=live,
                 partial=m.cut(partial),
                 wrong=wrong,
@@ -450,9 +485,10 @@ class Turn:
     def _fold(self, job: int, record: Record, group: int) -> m.Fold:
         evidence = self._evidence[job]
         sums, nbytes = record.ledger.fold(
-            record.sums, record.seed, group, evidence.modules, live_only=evidence.live_only
+            record.sums, record.seed, group, evidence.chosen, live_only=evidence.live_only
         )
-        return m.Fold(job=job, group=group, sums=sums, nbytes=nbytes)
+        due = record.ledger.due(group, evidence.chosen, evidence.live_only)
+        return m.Fold(job=job, group=group, sums=sums, nbytes=nbytes, due=due)
 
     # -- checks ------------------------------------------------------------------------------------
 
@@ -468,7 +504,9 @@ class Turn:
                     live.sums[:] = live.ledger.sums
                     if live.target is not None and session.destination:
                         self._wrong += amiss(session.destination.audit.check(live.target))
-                self._evidence.append(Evidence(sent=sent, live=live, modules=job.modules, live_only=True))
+                modules = None if job.modules is None else tuple(job.modules)
+                chosen = Chosen(modules=modules, without=tuple(job.without))
+                self._evidence.append(Evidence(sent=sent, live=live, chosen=chosen, live_only=True))
         except Exception as caught:
             error = explain(caught)
         self._lap("verify")
@@ -483,8 +521,9 @@ class Turn:
     def detail(self, detail: m.Detail) -> None:
         """Sums of the single tensors where folds differ."""
         sent, live = tensor_sums(self._evidence, detail.groups)
+        held = held_sums(*self._held_sums, detail.held) if self._held_sums else []
         peer = self.session.link.peer
-        self.session.link.send(m.Sums(peer=peer, sent=sent, live=live))
+        self.session.link.send(m.Sums(peer=peer, sent=sent, live=live, held=held))
 
     @property
     def _held(self) -> Mapping[str, Sequence[Part]]:

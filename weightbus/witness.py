@@ -23,7 +23,7 @@ from weightbus.errors import UpdateError
 from weightbus.install import Target
 from weightbus.judge import Pair, total
 from weightbus.layout import Part
-from weightbus.ledger import Record, Sums
+from weightbus.ledger import ALL, Chosen, Ledger, Record, Sums
 from weightbus.narrow import bounding
 from weightbus.spec import Spec
 
@@ -33,12 +33,16 @@ Held = Mapping[str, Sequence[Part]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What this rank can fold for one job: of what it sent, of what it holds live."""
+    """What this rank can fold for one job: of what it sent, of what it holds live.
+
+    holders: of an update, the sets of trainer ranks that hold the same.
+    """
 
     sent: Record | None
     live: Record | None
-    modules: Sequence[str] | None = None
+    chosen: Chosen = ALL
     live_only: bool = False
+    holders: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,29 @@ def tensor_sums(
         one = evidence[job]
         for record, found in ((one.sent, sent), (one.live, live)):
             if record and (record is one.sent or record.group == group):
-                sums = record.ledger.by_tensor(record.sums, group, one.modules, live_only=one.live_only)
+                sums = record.ledger.by_tensor(record.sums, group, one.chosen, live_only=one.live_only)
                 found.append(m.TensorSums(job=job, group=group, sums=sums))
     return sent, live
+
+
+def held_folds(ledger: Ledger, sums: Sums, seed: bytes, sets: Sequence[Sequence[int]]) -> list[m.HeldFold]:
+    """Of all that this trainer rank holds and others hold too. sets: which ranks do."""
+    found = []
+    for holders, group in ledger.shared:
+        folded, nbytes = ledger.fold(sums, seed, group, holders=holders)
+        ranks = len(sets[holders])
+        found.append(m.HeldFold(holders=holders, ranks=ranks, group=group, sums=folded, nbytes=nbytes))
+    return found
+
+
+def held_sums(ledger: Ledger, sums: Sums, asked: Iterable[tuple[int, int]]) -> list[m.HeldSums]:
+    """Sums of single tensors of it, for those sets and groups that this rank is in."""
+    shared = set(ledger.shared)
+    return [
+        m.HeldSums(holders=holders, group=group, sums=ledger.by_tensor(sums, group, holders=holders))
+        for holders, group in asked
+        if (holders, group) in shared
+    ]
 
 
 def spoiled(target: Target) -> list[m.Wrong]:
