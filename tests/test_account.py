@@ -6,12 +6,23 @@ import math
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
+import msgspec
 import pytest
 import torch
+from processes import Job, free_address, run_jobs
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import weightbus
+from weightbus import hub
+from weightbus.constants import MAX_ENCLOSING
+from weightbus.derived import STEPS
+from weightbus.digest_list import NAME as LIST
+from weightbus.digest_list import saved_of
 from weightbus.tree import MAX_DEPTH, tree_of
 
 SIZE = 6
@@ -460,7 +471,12 @@ def test_proof_can_be_required():
             pair.update(1)
         assert torch.equal(target.weight, before)
         target.one_plus = None
+        with pytest.raises(weightbus.UpdateError, match="verify: expected an update with proof"):
+            pair.update(1, verify=False)
         assert pair.update(1).word == "verified"
+        with pytest.raises(weightbus.UpdateError, match="verify: expected an update with proof"):
+            pair.update(2, verify=False)
+        assert pair.version == 1
 
 
 def test_names_that_are_not_proved_are_cut_and_counted():
@@ -605,3 +621,105 @@ def test_forward_that_fails_refuses_the_update():
         pytest.raises(weightbus.UpdateError, match="example_inputs: the forward raised RuntimeError"),
     ):
         pair.update(1)
+
+
+# -- loads ---------------------------------------------------------------------------------------------------
+
+
+def serve_hub(rank, size, *, address):
+    hub.Hub(address).serve()
+
+
+def load_with_copies(rank, size, *, address, path):
+    """The words of a load, of one whose derived tensor is made again, and of two where proof is required."""
+    told = []
+    for options in (
+        {},
+        {"derived": {"one_plus": lambda scale: 1 + scale.weight}},
+        {"require_proof": True},
+        {"require_proof": True, "local": ["one_plus"]},
+    ):
+        target = Scale(2)
+        before = target.weight.detach().clone()
+        with weightbus.Subscriber(target, address=address, rank=0, replica_size=1, **options) as subscriber:
+            try:
+                loaded = subscriber.update_from_disk(path)
+                told.append((loaded.word, sorted(loaded.partial), "one_plus" in str(loaded)))
+            except weightbus.UpdateError as error:
+                told.append(str(error))
+                assert torch.equal(target.weight, before)
+        if "derived" in options:
+            assert torch.equal(target.one_plus, 1 + target.weight)
+    return told
+
+
+def test_words_of_loads(address, tmp_path):
+    tensors = {"weight": weights(1).detach()}
+    for name in ("listed", "plain"):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    saved = saved_of({name: weightbus.tensor_digest(tensor) for name, tensor in tensors.items()})
+    (tmp_path / "listed" / LIST).write_bytes(msgspec.json.encode(saved))
+    found = {}
+    for name in ("listed", "plain"):
+        address = free_address()
+        found[name], _ = run_jobs(
+            Job(run=load_with_copies, arguments={"address": address, "path": tmp_path / name}),
+            Job(run=serve_hub, arguments={"address": address}, never_ends=True),
+        )
+    (bare, derived, refused, declared) = found["listed"][0]
+    assert bare == ("partial", ["one_plus"], True)
+    assert derived == declared == ("verified", [], False)
+    assert "one_plus: expected proof" in refused
+    (bare, derived, refused, unlisted) = found["plain"][0]
+    assert bare == ("unverified", ["one_plus"], True)
+    assert derived == ("unverified", [], False)
+    assert "one_plus: expected proof" in refused
+    assert "expected a digest list of every module" in unlisted
+
+
+# -- real ranks ----------------------------------------------------------------------------------------------
+
+
+def publish(rank, size, *, address):
+    with weightbus.Publisher(Sharded(1), address=address, rank=rank, size=size) as publisher:
+        report, verdict = publisher.update(1), publisher.check()
+    return [(told.word, sorted(told.partial)) for told in (report, verdict)]
+
+
+class Sharded(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.weight = weights(seed)
+        self.rotary = Rotary(4)
+
+
+def subscribe(rank, size, *, address):
+    """A copy of its own shard, on one rank only; views of the shard, and the DTensor once more."""
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (size,))
+    model = Sharded(2)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]), requires_grad=False)
+    model.again = [model.weight, model.weight.to_local().t()]
+    if rank == 1:
+        model.copy = model.weight.to_local().clone()
+    with weightbus.Subscriber(model, address=address, rank=rank, replica_size=size) as subscriber:
+        subscriber.serve()
+        assert subscriber.state == "ready", subscriber.error
+
+
+def test_copy_on_one_rank_of_a_sharded_model_is_told_to_the_trainer(address):
+    (told,), _ = run_jobs(
+        Job(run=publish, arguments={"address": address}),
+        Job(run=subscribe, size=2, arguments={"address": address}),
+    )
+    assert told == [("partial", ["copy"])] * 2
+
+
+def test_figures_in_the_docs_are_the_codes():
+    text = " ".join((Path(__file__).parent.parent / "docs" / "tree.md").read_text().split())
+    assert f"({MAX_DEPTH} levels deep" in text
+    assert MAX_ENCLOSING == 2
+    assert "the two modules around it are tried" in text
+    for step in STEPS:
+        assert f"`{step}(self)`" in text

@@ -28,10 +28,11 @@ class Audit:
         self.require_proof, self._inputs = require_proof, inputs
         self._accounts: WeakKeyDictionary[Target, Account] = WeakKeyDictionary()
 
-    def begin(self, target: Target) -> None:
+    def begin(self, target: Target, *, verify: bool = True) -> None:
         """When a plan is made: look at everything, at storage that a forward reads too.
 
-        Raises SpecError where proof is required and something is unknown, and with a forward's own error.
+        verify: whether the update is one with proof. Raises SpecError where that is required and something
+        is unknown, and with a forward's own error.
         """
         tops = self._tops(target)
         account = account_of(tops, target, local=self._local, derived=self._derived)
@@ -39,18 +40,18 @@ class Audit:
             read = reads_of(tops, self._inputs, account.tree)
             account = replace(account, unknown={**account.unknown, **read}, reads=read)
         self._accounts[target] = account
-        self._require(target)
+        self._require(target, verify)
 
-    def again(self, target: Target) -> None:
+    def again(self, target: Target, *, verify: bool) -> None:
         """Before a planned update: look again if modules hold other objects than they did. Raises SpecError."""
         account = self._accounts.get(target)
         if account is None:
-            return self.begin(target)
+            return self.begin(target, verify=verify)
         if account.tree.changed() if account.recipes else account.tree.glance.changed():
             spoilt = {one.name: CHANGED for one in self._recount(target, account)}
             account = self._accounts[target]
             self._accounts[target] = replace(account, unknown={**account.unknown, **spoilt})
-        return self._require(target)
+        return self._require(target, verify)
 
     def check(self, target: Target) -> list[Spoilt]:
         """Look at everything again; constants and derived tensors that hold something else than they should.
@@ -89,7 +90,9 @@ class Audit:
         self._accounts[target] = account
         return spoilt
 
-    def _require(self, target: Target) -> None:
+    def _require(self, target: Target, verify: bool) -> None:
+        if self.require_proof and not verify:
+            raise SpecError("verify: expected an update with proof, as require_proof says, got verify=False")
         if not self.require_proof or not (unknown := self.unproved(target)):
             return
         (name, why), *others = unknown.items()

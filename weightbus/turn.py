@@ -252,7 +252,7 @@ class Turn:
         """Server ranks: what the model holds besides its parameters may be more than when the plan was made."""
         planned, destination = self._planned, self.session.destination
         if planned is not None and planned.target is not None and destination is not None:
-            destination.audit.again(planned.target)
+            destination.audit.again(planned.target, verify=self._offer.verify)
 
     def gathered(self, gathered: m.Gathered) -> None:
         session = self.session
@@ -263,7 +263,7 @@ class Turn:
                 return self._ready(self._compare_held(planned))
             self._sources = gathered
             if (target := self._target(gathered)) is not None and session.destination:
-                session.destination.audit.begin(target)
+                session.destination.audit.begin(target, verify=self._offer.verify)
                 assert self._sharing is not None, "made with the offer"
                 memory = self._sharing.reach(self._exports(gathered), self._rank)
                 self._send_facts(encode_facts(target.facts()), memory)
