@@ -90,6 +90,8 @@ LAYERS = {
         "checkpoint",
         "disk",
         "saved_names",
+        "torch_joins",
+        "conversion",
         "scratch",
         "digest_list",
         "payload",

@@ -280,7 +280,7 @@ def test_files_tensors_and_the_checker(address, tmp_path):
     threads.append(threading.Thread(target=subscriber.serve))
     threads[1].start()
     try:
-        with TestClient(http.create_app(address, roots=[tmp_path])) as client:
+        with TestClient(http.create_app(address, roots=[tmp_path]), base_url="http://localhost") as client:
 
             def post(path, **body):
                 answer = client.post(path, json=body)

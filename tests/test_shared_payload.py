@@ -281,7 +281,10 @@ def asker(rank, size, *, address, device):
         ask(("vae", shared.payload[:-1]))
     with weightbus.share_tensors(two["vae"]) as one, weightbus.share_tensors(two["vae"]) as other:
         ask(("vae", one.payload), ("vae", other.payload))
-    with TestClient(http.create_app(address)) as client, weightbus.share_tensors(two["text_encoder"]) as shared:
+    with (
+        TestClient(http.create_app(address), base_url="http://localhost") as client,
+        weightbus.share_tensors(two["text_encoder"]) as shared,
+    ):
         text = base64.b64encode(shared.payload).decode()
         body = {"serialized_named_tensors": [{"text_encoder": text}], "load_format": "shared"}
         answer = client.post("/update_weights_from_tensor", json=body)

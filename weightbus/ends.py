@@ -23,6 +23,7 @@ from weightbus.install import NameMap, Target
 from weightbus.layout import Layout, Source, layout_of
 from weightbus.ledger import Former, Ledger, Record, live_entries
 from weightbus.reads import Inputs
+from weightbus.saved_names import modules_of
 from weightbus.spec import Spec
 
 log = logging.getLogger("weightbus")
@@ -236,6 +237,13 @@ class Destination(_End):
             for name, module in modules.items()
             if callable(getattr(module, "load_weights", None))
         }
+
+    def own_names(self) -> dict[str, nn.Module]:
+        """Modules that take tensors by their own names, by the prefix of these: neither a ``name_map`` nor
+        ``load_weights`` is asked."""
+        loaders, modules = self._loaders(), modules_of(self.source)
+        found = {name and f"{name}.": module for name, module in modules.items()} if not self._name_map else {}
+        return {prefix: module for prefix, module in found.items() if prefix not in loaders}
 
     def record(self, job: m.Job) -> Record:
         """What this rank holds of ``job``; its ledger digests what is live now."""

@@ -13,6 +13,7 @@ import torch
 from weightbus import messages as m
 from weightbus.box import Box
 from weightbus.bucket import torch_dtype
+from weightbus.conversion import Converted, convert
 from weightbus.digest import STABLE_SEED, Digest, Digester, P, combine
 from weightbus.digest_list import NAME as DIGEST_LIST
 from weightbus.digest_list import PartSums, Saved, digests_of, saved_in
@@ -25,6 +26,7 @@ from weightbus.part import Part
 from weightbus.payload import stored_payloads, tensors_of_payload
 from weightbus.reading import OnDevice, Read, Reader, Sources, pieces_of
 from weightbus.shared_payload import open_shared
+from weightbus.torch_joins import Move
 
 
 class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
@@ -92,21 +94,10 @@ class Load:
         if not manifest:
             raise SpecError(f"{self.what}: expected at least one tensor, got none")
         self._manifest = manifest
-        specs = {name: tensor.spec for name, tensor in manifest.items()}
-        self._target = target = destination.target(specs, self.modules, partial=task.partial)
+        converted = self._convert()
+        self._target = target = destination.target(converted.specs, self.modules, partial=task.partial)
         self._account(target)
-        opaque = target.arrived()
-        self._reads = [
-            Read(stored=manifest[wire], box=box, view=view)
-            for wire in target.specs
-            if wire not in opaque
-            for box, view in target.live(wire)
-        ]
-        # Their views are made when it is their turn: each is the whole tensor.
-        self._opaque = {wire: len(self._reads) + i for i, wire in enumerate(opaque)}
-        self._reads += [
-            Read(stored=manifest[wire], box=Box.whole(manifest[wire].spec.shape), view=None) for wire in opaque
-        ]
+        self._plan_reads(target, converted)
         self._pieces = pieces_of(self._reads)
         self.nbytes = sum(piece.nbytes for piece in self._pieces)
         self._sources = Sources([read.stored for read in self._reads], memory, self._files)
@@ -119,11 +110,34 @@ class Load:
         if task.atomic and task.path:
             self._reader.keep([piece for piece in self._pieces if piece.kept is None], self._moved)
             self._sources.check_unchanged(touched=len(digested) == len(self._pieces))  # by the list
-        return msgspec.msgpack.encode(
-            _Prepared(
-                untaken=[name for name in manifest if name not in target.specs], digested=self._digested()
-            )
-        )
+        taken = {move.wire for wire in target.specs for move in converted.moves[wire]}
+        untaken = [name for name in manifest if name not in taken]
+        return msgspec.msgpack.encode(_Prepared(untaken=untaken, digested=self._digested()))
+
+    def _convert(self) -> Converted:
+        """The tensors under the names and shapes of this rank's models."""
+        specs = {name: tensor.spec for name, tensor in self._manifest.items()}
+        layout = self._destination.layout
+        own = {name: spec.shape for name, spec in layout.specs.items()}
+        own |= {alias: own[name] for alias, name in layout.aliases.items()}
+        return convert(specs, self._destination.own_names(), own)
+
+    def _plan_reads(self, target: Target, converted: Converted) -> None:
+        """What this rank reads of the files: boxes of their own tensors, each into a view of what is live."""
+        opaque = target.arrived()
+        self._reads: list[Read] = []
+        for wire in target.specs:
+            for box, view in target.live(wire) if wire not in opaque else ():
+                for move in converted.moves[wire]:
+                    if (part := move.within(box, view)) is not None:
+                        self._reads.append(Read(stored=self._manifest[move.wire], box=part[0], view=part[1]))
+        # Their views are made when it is their turn: together they are the whole tensor.
+        self._opaque: dict[str, dict[int, Move]] = {}
+        for wire in opaque:
+            numbers = self._opaque[wire] = {}
+            for move in converted.moves[wire]:
+                numbers[len(self._reads)] = move
+                self._reads.append(Read(stored=self._manifest[move.wire], box=move.box, view=None))
 
     def _account(self, target: Target) -> None:
         """What of the model this load would not prove. Raises SpecError where proof is required."""
@@ -222,14 +236,16 @@ class Load:
         self.wrote = True
         placed = {number: read.view for number, read in enumerate(self._reads) if read.view is not None}
         self._reader.write([piece for piece in self._pieces if piece.number in placed], placed, self._moved)
-        for wire, number in self._opaque.items():
+        for wire, moves in self._opaque.items():
             hook = self._target.hooks[wire]
             dtype = torch_dtype(self._target.specs[wire].dtype)
             shape = self._target.specs[wire].shape
             device = next(tensor.device for tensor in hook.parameters.values())
             whole = torch.empty(shape, dtype=dtype, device=device)
-            own = [piece for piece in self._pieces if piece.number == number]
-            self._reader.write(own, {number: whole}, self._moved)
+            own = [piece for piece in self._pieces if piece.number in moves]
+            parts = {number: move.within(Box.whole(shape), whole) for number, move in moves.items()}
+            views = {number: part[1] for number, part in parts.items() if part is not None}
+            self._reader.write(own, views, self._moved)
             hook.run(whole)
         for _, _, region, fill in self._target.fills():
             region.fill_(fill.value)
