@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
+import time
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,13 +18,15 @@ from processes import Job, run_jobs
 from simulated import Crowd, enter
 
 import weightbus
-from weightbus import identity, jobs
+from weightbus import identity, jobs, wire
 from weightbus import messages as m
 from weightbus.errors import ProtocolError, SpecError
 from weightbus.hub import Hub
 from weightbus.jobs import Jobs
 from weightbus.roster import Roster
 from weightbus.rounds import INSIDE, Rounds
+from weightbus.sketch import sketch_of, unlike
+from weightbus.spec import Spec
 
 # -- starts of a trainer ---------------------------------------------------------------------------
 
@@ -338,3 +345,146 @@ def test_the_first_publisher_sends_its_own_source(hub, address):
         assert first.update(1).verified
         assert target.bias.unique().tolist() == [1.0]
         assert subscriber.version == 1
+
+
+# -- jobs without a name ---------------------------------------------------------------------------
+
+
+def specs(*given, dtype="float32"):
+    """From (name, shape) pairs."""
+    return {name: Spec(name=name, dtype=dtype, shape=shape) for name, shape in given}
+
+
+def sketch(model, *, plain=None, whole=True):
+    return sketch_of(model, plain=model if plain is None else plain, whole=whole)
+
+
+MLP = specs(("up.weight", (8, 4)), ("up.bias", (8,)), ("down.weight", (4, 8)))
+LARGE = specs(
+    *((f"layers.{i}.{what}.weight", (4, 4)) for i in range(40) for what in ("q", "k", "v", "o", "up"))
+)
+
+
+@pytest.mark.parametrize(
+    ("server", "why"),
+    [
+        (sketch(MLP), ""),
+        (sketch(specs(*((n, s.shape) for n, s in MLP.items()), dtype="bfloat16")), ""),
+        (sketch(MLP | specs(("extra", (3,)))), ""),
+        (sketch({name: MLP[name] for name in ("up.bias",)}), ""),
+        # One of three differs: the update's refusal will name it.
+        (sketch(MLP | specs(("up.weight", (4, 8)))), ""),
+        # A prefix too many or too few: likewise.
+        (sketch(specs(*((f"model.{n}", s.shape) for n, s in MLP.items()))), ""),
+        # Of names that a map or loading code takes nothing is known.
+        (sketch(specs(("embed", (9, 9))), plain=(), whole=False), ""),
+        (sketch(specs(("embed", (9, 9)), ("head", (9, 9))), plain=("head",), whole=False), ""),
+        (
+            sketch(specs(("embed", (9, 9)))),
+            "no name in common: down.weight, up.bias, up.weight on the trainer, embed",
+        ),
+        (
+            sketch(specs(*((n, (*s.shape, 2)) for n, s in MLP.items()))),
+            "down.weight: expected float32[4, 8] as on the trainer, got float32[4, 8, 2] on the server",
+        ),
+        (
+            sketch(specs(*((n, s.shape) for n, s in MLP.items()), dtype="int8")),
+            "down.weight: expected float32[4, 8] as on the trainer, got int8[4, 8] on the server",
+        ),
+    ],
+)
+def test_models_that_can_not_be_one(server, why):
+    found = unlike([sketch(MLP)], server, complete=True)
+    assert found.startswith(why)
+    assert bool(found) == bool(why)
+
+
+@given(held=st.sets(st.sampled_from(sorted(LARGE))), parts=st.integers(1, 4))
+def test_whoever_holds_a_part_of_the_model_is_let_in(held, parts):
+    """Any subset of the tensors, on servers; and trainer ranks that each hold some layers."""
+    names = sorted(LARGE)
+    trainers = [sketch({name: LARGE[name] for name in names[rank::parts]}) for rank in range(parts)]
+    server = sketch({name: LARGE[name] for name in held})
+    assert not unlike(trainers, server, complete=True)
+
+
+def test_of_large_models_a_sample_is_enough():
+    other = specs(
+        *((f"blocks.{i}.{what}.kernel", (4, 4)) for i in range(40) for what in ("q", "k", "v", "o", "up"))
+    )
+    wider = specs(*((name, (8, 8)) for name in LARGE))
+    prefixed = specs(*((f"base_model.{name}", spec.shape) for name, spec in LARGE.items()))
+    one = sketch(LARGE)
+    assert len(one.sample) == m.MAX_SAMPLE < len(LARGE)
+    assert "no name in common" in unlike([one], sketch(other), complete=True)
+    assert not unlike([one], sketch(other), complete=False), "another trainer rank may hold them"
+    assert "so are 64 of 64 names" in unlike([one], sketch(wider), complete=True)
+    assert not unlike([one], sketch(prefixed), complete=True)
+    assert len(wire.encode(hello(0, 0, tokens=True))[1]) < 1000
+    long_names = sketch(specs(*(("x" * 1000 + str(i), (1,)) for i in range(200))))
+    assert len(msgspec.msgpack.encode(long_names)) < m.PIECE_BYTES / 4
+
+
+@pytest.mark.parametrize("first", ["trainer", "server"])
+@pytest.mark.parametrize("name", ["", "named"])
+def test_unnamed_jobs_of_other_models_are_refused_at_joining(hub, address, first, name):
+    """Whichever comes second. Those of a name belong together, and their update says what is wrong."""
+
+    def trainer():
+        return weightbus.Publisher(
+            [("a", torch.zeros(4, 4))], address=address, job=name, rank=0, size=1, connect_timeout_s=10
+        )
+
+    def server():
+        # By another name of the host: a session of its own, as of another process.
+        other = address.replace("127.0.0.1", "localhost")
+        return weightbus.Subscriber(
+            [("a", torch.zeros(4, 8))], address=other, job=name, rank=0, replica_size=1, connect_timeout_s=10
+        )
+
+    one, other = (trainer, server) if first == "trainer" else (server, trainer)
+    with one():
+        if name:
+            other().close()
+            return
+        with pytest.raises(weightbus.HubError) as refused:
+            other()
+    text = str(refused.value)
+    for end in ("trainer rank 0 (pid ", "replica 0 server rank 0 (pid "):
+        assert f"{end}{os.getpid()} on {identity.host_name()}, started 20" in text
+    assert "a: expected float32[4, 4] as on the trainer, got float32[4, 8] on the server" in text
+    assert "WEIGHTBUS_JOB" in text
+
+
+def _update(rank, size, *, address, job):
+    with weightbus.Publisher(net(1.0), address=address, job=job, join_timeout_s=30) as publisher:
+        report = publisher.update(1)
+        return str(report), report.processes
+
+
+def _serve(rank, size, *, address, job):
+    with weightbus.Subscriber(net(0.0), address=address, job=job) as subscriber:
+        subscriber.serve()
+    return os.getpid(), identity.process_started()
+
+
+@pytest.mark.parametrize("job", ["", "named"])
+def test_a_report_names_the_processes_of_both_ends(address, job):
+    arguments = {"address": address, "job": job}
+    ((text, processes),), ((pid, started),) = run_jobs(
+        Job(run=_update, arguments=arguments), Job(run=_serve, arguments=arguments)
+    )
+    sender, server = processes
+    assert (sender.ranks, sender.serves) == ("trainer rank 0", False)
+    assert (server.ranks, server.serves, server.pid) == ("replica 0 server rank 0", True, pid)
+    assert server.started == pytest.approx(started, abs=1.0)
+    assert server.host == identity.host_name()
+    assert (f"pid {pid} on {server.host} since 20" in text) == (not job)
+
+
+def test_a_process_knows_when_it_started():
+    """From the system: not when it first asked, and a child's own."""
+    before = time.time()
+    code = "import time, weightbus.identity as i; time.sleep(1.0); print(i.process_started())"
+    started = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert before - 1.0 <= started <= time.time() - 0.9

@@ -58,6 +58,7 @@ LAYERS = {
         "identity",
         "jobs",
         "rounds",
+        "sketch",
         "asks",
         "wire",
         "keys",

@@ -19,11 +19,12 @@ from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.facts import Holding, encode_facts, facts_id
 from weightbus.frozen import Frozen, Where
 from weightbus.hook import Traces
-from weightbus.install import NameMap, Target
+from weightbus.install import NameMap, Target, matches
 from weightbus.layout import Layout, Source, layout_of
 from weightbus.ledger import Former, Ledger, Record, live_entries
 from weightbus.reads import Inputs
 from weightbus.saved_names import modules_of
+from weightbus.sketch import sketch_of
 from weightbus.spec import Spec
 
 log = logging.getLogger("weightbus")
@@ -131,6 +132,11 @@ class Origin(_End):
             self._told[1][key] = blob, facts_id(blob)
         return self._told[1][key]
 
+    def sketch(self) -> m.Sketch:
+        """What this rank holds, in short."""
+        specs = self.layout.specs
+        return sketch_of(specs, plain=specs, whole=True)
+
     def jobs(self) -> list[m.Job]:
         """What was committed and can be checked: one job for each update that still counts."""
         modules: dict[int, list[str]] = {}
@@ -225,6 +231,19 @@ class Destination(_End):
         )
         self._last = target, asked
         return target
+
+    def sketch(self) -> m.Sketch:
+        """What this rank holds, in short. Names that loading code or a map takes mean something else on the
+        wire, and those that no update feeds nothing."""
+        specs, given = self.layout.specs, (*self._local, *self._derived)
+        plain = [
+            name
+            for name in specs
+            if getattr(self.layout.tensors[name], "weight_loader", None) is None and not matches(name, given)
+        ]
+        if self._name_map is not None or self._loaders():
+            plain = []
+        return sketch_of(specs, plain=plain, whole=len(plain) == len(specs))
 
     def _loaders(self) -> dict[str, nn.Module]:
         """Modules that have ``load_weights``, by the prefix of their names."""

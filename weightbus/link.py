@@ -158,10 +158,11 @@ class Link:
         timeout_s: float,
         start_hub_dead_after_s: float | None = None,
         start: str = "",
+        model: m.Sketch | None = None,
     ) -> None:
         """Take a role; given ``start_hub_dead_after_s``, start a hub as long as none listens.
 
-        start: what this rank shares with all others of its start of the job.
+        start: what this rank shares with all others of its start of the job. model: in short.
 
         Raises HubError with the hub's reason, or if none answers in ``timeout_s``.
         """
@@ -171,6 +172,7 @@ class Link:
             host=host_name(),
             pid=os.getpid(),
             started=process_started(),
+            model=model,
             start=start,
             device=device,  # type: ignore[arg-type]
             role=role,

@@ -47,6 +47,7 @@ class Loopback:
         timeout_s: float,
         start_hub_dead_after_s: float | None = None,
         start: str = "",
+        model: m.Sketch | None = None,
     ) -> None:
         """Take a role. Raises HubError with the coordinator's reason."""
         hello = m.Hello(
@@ -55,6 +56,7 @@ class Loopback:
             host=host_name(),
             pid=os.getpid(),
             started=process_started(),
+            model=model,
             device=device,  # type: ignore[arg-type]
             role=role,
             rank=rank,

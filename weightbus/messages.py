@@ -147,12 +147,36 @@ class Held(Record):
     round: Count = 0
 
 
+# How many tensors of a model a hello tells of.
+MAX_SAMPLE = 64
+
+
+class Sampled(Record):
+    """One tensor: its name on the wire, dtype and global shape."""
+
+    name: Name
+    dtype: Annotated[str, Meta(max_length=32)]
+    shape: Axes
+
+
+class Sketch(Record):
+    """A model in short, to see whether two can be one (``sketch``). tensors: how many; plain: how many of them
+    mean the same on both ends; whole: all do. sample: some of the plain ones, picked alike on both ends.
+    """
+
+    fingerprint: Token
+    tensors: Count
+    plain: Count
+    whole: bool
+    sample: Annotated[list[Sampled], Meta(max_length=MAX_SAMPLE)]
+
+
 class Hello(Message, tag="hello"):
     """A process asks for a role; it has it once it has answered the welcome with a beat.
 
     The same process may take both roles, each with its own hello. process: drawn by it at random.
     started: when it started, as Unix time. start: what all ranks of one start of a job share and those of no
-    other do; empty where nothing is known.
+    other do; empty where nothing is known. model: what it holds; None where that is not told.
     """
 
     process: Token
@@ -165,6 +189,7 @@ class Hello(Message, tag="hello"):
     replica: Rank = 0
     started: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
     start: Token = ""
+    model: Sketch | None = None
     held: Held | None = None
 
 
@@ -272,11 +297,17 @@ class ServerId(Record, order=True):
 
 
 class Member(Record):
-    """One process of the group; its place in the list of members is its group rank."""
+    """One process of the group; its place in the list of members is its group rank.
+
+    started: as Unix time.
+    """
 
     peer: Token
     trainer: Rank | None
     server: ServerId | None
+    host: Host = ""
+    pid: Count = 0
+    started: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
 
     def __str__(self) -> str:
         roles = [f"trainer rank {self.trainer}"] if self.trainer is not None else []

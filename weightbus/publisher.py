@@ -23,7 +23,7 @@ from weightbus.layout import Source, rank_and_size
 from weightbus.link import REJOIN_S
 from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
-from weightbus.report import Mismatch, Report, Saved, Verdict
+from weightbus.report import Mismatch, Report, Saved, Verdict, both_ends
 from weightbus.save import Save
 from weightbus.saved_names import modules_of
 from weightbus.session import Session
@@ -127,6 +127,7 @@ class Publisher:
                 timeout_s=connect_timeout_s,
                 start_hub_dead_after_s=dead_after_s if self.rank == 0 else None,
                 start=start_token(),
+                model=self._origin.sketch(),
             )
         except BaseException:
             self._session.close("trainer")
@@ -201,12 +202,20 @@ class Publisher:
         copied: SourceCopy | None,
     ) -> Report:
         progress, version = Progress(report=on_progress), enter.version
-        outcome = self._session.call(enter, progress, copied)
+        try:
+            outcome = self._session.call(enter, progress, copied)
+        except BaseException:
+            if self._session.committed == version:  # interrupted, or a callback raised, when it was
+                self.version = version
+            raise
         seconds = time.monotonic() - begun
+        processes = self._session.processes()
         if not outcome.ok:
             reasons = "\n  ".join(["", *map(str, outcome.failures)])
             if outcome.moved:
                 raise TornError(f"version {version} was not committed, servers may hold a mixture:{reasons}")
+            if outcome.servers and not outcome.job and (ends := both_ends(processes)):
+                reasons += f"\n  no job= named: {ends}"
             raise UpdateError(f"version {version} was refused, nothing was written:{reasons}")
         self.version = version
         report = Report(
@@ -226,6 +235,7 @@ class Publisher:
             partial=outcome.partial,
             route=progress.choice.route if progress.choice else "",
             route_reason=progress.choice.reason if progress.choice else "",
+            processes=processes,
         )
         if self.rank == 0:
             log.info("%s", report)

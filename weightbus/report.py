@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightbus.box import Box
@@ -69,13 +70,37 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One that took part in an update. ranks: its trainer rank, server rank or both, in words. started: as
+    Unix time. serves: it has a server rank and no other."""
+
+    ranks: str
+    host: str
+    pid: int
+    started: float
+    serves: bool
+
+    def __str__(self) -> str:
+        began = f" since {time.strftime('%F %T', time.localtime(self.started))}" if self.started else ""
+        return f"pid {self.pid} on {self.host}{began}"
+
+
+def both_ends(processes: Sequence[Process]) -> str:
+    """The first process of each end, in words; empty if all of them are one end's, or both's."""
+    sends = next((one for one in processes if not one.serves), None)
+    serves = next((one for one in processes if one.serves), None)
+    return f"{sends}, to {serves}" if sends and serves else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """One committed update, as this trainer rank saw it.
 
     word: ``verified``, ``partial`` or ``unverified`` (not asked for). partial: as in Verdict. nbytes: of the
     tensors in the wire's dtypes. seconds: from the call to the commit on all ranks. stages: seconds of this
     rank's parts of it. staging_bytes: this rank's staging memory. route: how the bytes went, ``broadcast``,
-    ``peer`` or ``local``; route_reason: why so.
+    ``peer`` or ``local``; route_reason: why so. A version is known by job, incarnation and number. processes:
+    all that took part; of a job without a name, the printed report says one of each end.
     """
 
     word: str
@@ -94,6 +119,7 @@ class Report:
     partial: Mapping[str, str]
     route: str
     route_reason: str
+    processes: tuple[Process, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -110,7 +136,8 @@ class Report:
             f"{_bytes(self.nbytes)} in {self.seconds:.3f} s, {self.nbytes / self.seconds / 1e9:.2f} GB/s, "
             f"{_count(self.trainers, 'trainer rank')} to {_count(self.servers, 'server rank')}, {self.route}"
         )
-        return "\n  ".join([head, *_unproved(self.partial)])
+        ends = "" if self.job else both_ends(self.processes)
+        return "\n  ".join([f"{head}; no job= named: {ends}" if ends else head, *_unproved(self.partial)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

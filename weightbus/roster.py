@@ -6,7 +6,10 @@ import time
 from collections.abc import Container
 from dataclasses import dataclass, field
 
+import msgspec
+
 from weightbus import messages as m
+from weightbus.sketch import unlike
 
 # What a rank brings from an earlier hub as incarnation is believed below this: there is room above.
 MAX_HELD_INCARNATION = 1 << 60
@@ -74,11 +77,19 @@ class Peer:
             peer=self.id,
             trainer=self.trainer.rank if self.trainer else None,
             server=m.ServerId(replica=server.replica, rank=server.rank) if server else None,
+            host=self.host,
+            pid=self.pid,
+            started=self.started,
         )
 
     def __str__(self) -> str:
-        began = f", started {time.strftime('%F %T', time.localtime(self.started))}" if self.started else ""
-        return f"{self.member()} (pid {self.pid} on {self.host}{began})"
+        return process_text(self.member())
+
+
+def process_text(member: m.Member) -> str:
+    """A rank, and which process it is."""
+    began = f", started {time.strftime('%F %T', time.localtime(member.started))}" if member.started else ""
+    return f"{member} (pid {member.pid} on {member.host}{began})"
 
 
 # More peers than this are refused, so that no flood of them can fill the hub's memory.
@@ -173,6 +184,8 @@ class Roster:
             return m.Refused(reason=f"this process is {known} already")
         if (fenced := self._fenced(hello)) is not None:
             return fenced
+        if (other_model := self._other_model(hello, now)) is not None:
+            return other_model
         if known is None and len(self.peers) >= MAX_PEERS:
             return m.Refused(reason=f"expected at most {MAX_PEERS} ranks", silent_s=0.0)
         return None
@@ -183,15 +196,7 @@ class Roster:
             return refused
         known = self._known(hello.process)
         if known is None:
-            known = Peer(
-                id=peer,
-                process=hello.process,
-                host=hello.host,
-                pid=hello.pid,
-                started=hello.started,
-                heard=now,
-            )
-            self.peers[peer] = known
+            known = self.peers[peer] = self._as_peer(hello, peer)
         if hello.role == "trainer":
             known.start = self._enlist(hello)
         elif hello.held is not None and hello.held.incarnation:
@@ -202,6 +207,51 @@ class Roster:
         if hello.held is not None:
             known.held = hello.held
         return known
+
+    def _other_model(self, hello: m.Hello, now: float) -> m.Refused | None:
+        """Of a job without a name, whose ranks may have met by chance: trainer and servers of another model."""
+        if hello.job or hello.model is None:
+            return None
+        mine = self._as_peer(hello, "")
+        trainers = [peer for peer in self.trainers().values() if peer.trainer and peer.trainer.model]
+        servers = [peer for peer in self.peers.values() if peer.server and peer.server.model]
+        if hello.role == "trainer":
+            trainers.append(mine)
+        else:
+            servers = [mine]
+        size = next((peer.trainer.size for peer in trainers if peer.trainer), 0)
+        sketches = {
+            p.trainer.model.fingerprint: p.trainer.model for p in trainers if p.trainer and p.trainer.model
+        }
+        seen: set[str] = set()
+        for server in servers:
+            assert server.server is not None
+            assert server.server.model is not None
+            model = server.server.model
+            if model.fingerprint in seen or any(server.process == one.process for one in trainers):
+                continue  # compared already; or both ends are one process, which pairs them on purpose
+            seen.add(model.fingerprint)
+            if why := unlike(list(sketches.values()), model, complete=len(trainers) == size):
+                ends = f"{trainers[0]} and {server}"
+                others = trainers if hello.role == "server" else [server]
+                return m.Refused(
+                    silent_s=now - max(other.heard for other in others),
+                    reason=f"{ends} are of different models, and their job has no name: {why}; name each job"
+                    " (job=, WEIGHTBUS_JOB), or give each an address",
+                )
+        return None
+
+    @staticmethod
+    def _as_peer(hello: m.Hello, peer: str) -> Peer:
+        return Peer(
+            id=peer,
+            process=hello.process,
+            host=hello.host,
+            pid=hello.pid,
+            started=hello.started,
+            heard=0.0,
+            roles={hello.role: hello},
+        )
 
     def _fenced(self, hello: m.Hello) -> m.Refused | None:
         """A trainer rank of an older start than the one that has taken over has no place any more."""
@@ -274,8 +324,8 @@ class Roster:
         complete, trainers = self.complete(), {peer.id for peer in self.trainers().values()}
         members = [peer.member() for peer in peers]
         return [
-            m.Member(
-                peer=x.peer,
+            msgspec.structs.replace(
+                x,
                 trainer=x.trainer if x.peer in trainers else None,
                 server=x.server if x.server and x.server.replica in complete else None,
             )

@@ -30,6 +30,7 @@ from weightbus.lanes import Lanes
 from weightbus.link import REJOIN_S, HubLost, Link
 from weightbus.loopback import PREFIX, Loopback
 from weightbus.planned import Planned
+from weightbus.report import Process
 from weightbus.task_turn import MakeSave, TaskTurn, raise_for
 from weightbus.turn import SLACK_S, Progress, SourceCopy, Turn, explain
 from weightbus.wire import FromHub
@@ -73,6 +74,7 @@ class Session:
         self._roles: set[m.Role] = set()
         # What a new hub has to know of an earlier one.
         self.members: list[m.Member] = []
+        self._processes: tuple[list[m.Member], tuple[Process, ...]] = self.members, ()
         self.place = 0
         self._token = ""
         self._version: int | None = None
@@ -395,6 +397,29 @@ class Session:
     def _state(self) -> tuple[m.State, int | None]:
         destination = self.destination
         return (destination.state, destination.version) if destination else ("", self._version)
+
+    @property
+    def committed(self) -> int | None:
+        """The last version that was committed here."""
+        return self._version
+
+    def processes(self) -> tuple[Process, ...]:
+        """All members of the last update; made once for each epoch."""
+        if self._processes[0] is not self.members:
+            self._processes = self.members, self._members_as_processes()
+        return self._processes[1]
+
+    def _members_as_processes(self) -> tuple[Process, ...]:
+        return tuple(
+            Process(
+                ranks=str(member),
+                host=member.host,
+                pid=member.pid,
+                started=member.started,
+                serves=member.trainer is None,
+            )
+            for member in self.members
+        )
 
     def seal(self, seed: bytes | None, outcome: m.Outcome, version: int) -> None:
         """An update, or a label, was committed here."""

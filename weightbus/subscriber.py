@@ -130,6 +130,7 @@ class Subscriber:
                 replica=replica,
                 device=device.type,
                 timeout_s=connect_timeout_s,
+                model=self._destination.sketch(),
             )
         except BaseException:
             self._session.close("server")
