@@ -14,8 +14,7 @@ mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
 model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).to(device)
 parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
-address = os.environ.get("WEIGHTBUS_ADDRESS", "tcp://127.0.0.1:5757")
-with weightbus.Subscriber(model, address=address) as subscriber:
+with weightbus.Subscriber(model) as subscriber:
     subscriber.serve()  # installs each update in place; returns when the trainer leaves
     print(f"rank {mesh.get_rank()} serves version {subscriber.version}")
 

@@ -14,8 +14,7 @@ mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
 model = fully_shard(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).to(device), mesh=mesh)
 optimizer = torch.optim.AdamW(model.parameters())
 
-address = os.environ.get("WEIGHTBUS_ADDRESS", "tcp://127.0.0.1:5757")
-with weightbus.Publisher(model, address=address) as publisher:
+with weightbus.Publisher(model) as publisher:
     for step in range(1, 4):
         model(torch.randn(8, 64, device=device)).square().mean().backward()
         optimizer.step()

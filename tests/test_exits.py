@@ -7,6 +7,7 @@ either: as a message is sent or was heard, in a hook, in a callback. The next ro
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 
@@ -18,8 +19,12 @@ from processes import free_port
 
 import weightbus
 from weightbus import giving_up, protocol, tasks
+from weightbus import link as links
 from weightbus import messages as m
 from weightbus.hub import Hub
+from weightbus.link import HubLost, Link
+
+EXAMPLES = int(os.environ.get("WEIGHTBUS_FUZZ", "10"))
 
 NUMEL = 1024
 CLOSING = {"commit": "ready", "torn": "torn", "refused": "ready"}
@@ -161,7 +166,7 @@ def quick(monkeypatch):
 _names = itertools.count()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     point=st.sampled_from(POINTS),
     error=st.sampled_from([Stop("no"), KeyboardInterrupt(), weightbus.UpdateError("no")]),
@@ -224,3 +229,110 @@ def test_one_end_for_all(port, point, error, planned):
 
 def _reason(error):
     return str(error) or f"interrupted by {type(error).__name__}"
+
+
+# -- what comes at another time, and heartbeats ----------------------------------------------------
+
+
+def test_a_poll_answers_a_task_instead_of_losing_it(port, tmp_path):
+    """A save that a client asks for, of a trainer that has not called for one: refused at once."""
+    job = f"job{next(_names)}"
+    with (
+        weightbus.Publisher(
+            [("a", torch.zeros(3))], address=f"tcp://127.0.0.1:{port}", job=job, rank=0, size=1
+        ) as publisher,
+        weightbus.Client(f"tcp://127.0.0.1:{port}", job=job) as client,
+    ):
+        task = m.SaveTask(path=str(tmp_path / "saved"), modules=None, version=1, file_bytes=1 << 20)
+        asked = client.send(task, wait_s=30, run_s=30)
+        time.sleep(0.5)  # the offer is there before the answer to the poll
+        begun = time.monotonic()
+        while (end := client.end(asked, 0.0)) is None:
+            assert not publisher.poll()
+            assert time.monotonic() < begun + 10
+        assert "expected this rank to call save() too" in end.failures[0].reason
+
+
+@pytest.mark.parametrize("error", [Stop("no"), KeyboardInterrupt()])
+def test_an_offer_outlives_an_agreement_that_raises(port, error):
+    agreed = []
+
+    def agree(waiting):
+        agreed.append(waiting)
+        if agreed.count(True) == 1 and waiting:
+            raise error
+        return waiting
+
+    job = f"job{next(_names)}"
+    target = torch.zeros(3)
+    reports = []
+    with (
+        weightbus.Publisher(
+            [("a", torch.ones(3))],
+            address=f"tcp://127.0.0.1:{port}",
+            job=job,
+            rank=0,
+            size=1,
+            join_timeout_s=10,
+        ) as publisher,
+        weightbus.Subscriber(
+            [("a", target)], address=f"tcp://localhost:{port}", job=job, rank=0, replica_size=1, agree=agree
+        ) as subscriber,
+    ):
+        thread = threading.Thread(target=lambda: reports.append(publisher.update(1)))
+        thread.start()
+        raised = None
+        while raised is None:
+            try:
+                subscriber.poll(0.1)
+            except (Stop, KeyboardInterrupt) as caught:
+                raised = caught
+        assert raised is error
+        assert subscriber.poll(0.1)
+        thread.join(10)
+        assert reports[0].verified
+        assert (subscriber.state, target.tolist()) == ("ready", [1.0] * 3)
+
+
+def test_a_heartbeat_that_fails_is_tried_again(port):
+    """Whatever it raises: the rank stays a member, and its thread lives."""
+    failing = iter([ValueError("no"), OSError("no"), MemoryError("no")])
+    calls = []
+
+    def state():
+        calls.append(True)
+        if len(calls) > 2 and (error := next(failing, None)) is not None:
+            raise error
+        return "ready", 1
+
+    link = Link(f"tcp://127.0.0.1:{port}", job=f"job{next(_names)}", state=state)
+    link.join(role="server", rank=0, size=1, replica=0, device="cpu", timeout_s=10)
+    deadline = time.monotonic() + 10
+    while len(calls) < 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert link._beats.is_alive()
+    assert link.receive(0.0) is None
+    link.leave("server")
+    link.close()
+
+
+def test_heartbeats_that_always_fail_are_said(port, monkeypatch):
+    monkeypatch.setattr(links, "DEAD_AFTER_S", 1.0)
+    broken = threading.Event()
+
+    def state():
+        if broken.is_set():
+            raise ValueError("the engine has no state")
+        return "ready", 1
+
+    link = Link(f"tcp://127.0.0.1:{port}", job=f"job{next(_names)}", state=state)
+    link.join(role="server", rank=0, size=1, replica=0, device="cpu", timeout_s=10)
+    broken.set()
+    with pytest.raises(HubLost, match="a heartbeat has failed, ValueError: the engine has no state"):
+        link.receive(10.0)
+    broken.clear()
+    assert link.rejoin(10)
+    assert link.receive(0.0) is None
+    link.leave("server")
+    link.close()

@@ -18,7 +18,7 @@ from processes import Job, run_jobs
 from simulated import Crowd, enter
 
 import weightbus
-from weightbus import identity, jobs, wire
+from weightbus import cli, identity, jobs, wire
 from weightbus import messages as m
 from weightbus.errors import ProtocolError, SpecError
 from weightbus.hub import Hub
@@ -216,8 +216,9 @@ def hub(address):
     assert not thread.is_alive()
 
 
-def test_ranks_of_two_jobs_never_meet(hub, address):
+def test_ranks_of_two_jobs_never_meet(hub, address, capsys, monkeypatch):
     """At one hub, with equal places: updates go to the job's own server, and a stolen name moves nothing."""
+    monkeypatch.setenv("COLUMNS", "200")
     crowds = {}
     for name in ("a", "b"):
         crowd = crowds[name] = Crowd(address, job=name)
@@ -244,6 +245,15 @@ def test_ranks_of_two_jobs_never_meet(hub, address):
     with weightbus.Client(address) as nobody:
         refused = nobody.pause(5.0)
         assert (refused.ok, refused.reason) == (False, "job '': expected one that has ranks here, ['a', 'b']")
+        assert cli.main(["status", "--address", address]) == 0
+        shown = capsys.readouterr().out
+        assert "job a, incarnation 1, version 1" in shown
+        assert "job b, incarnation 1, version none" in shown
+        assert cli.main(["status", "--address", address, "--job", "b"]) == 0
+        shown = capsys.readouterr().out
+        assert "job b, incarnation 1" in shown
+        assert "job a" not in shown
+        assert cli.main(["pause", "--address", address, "--job", "c"]) == 1
         assert not nobody.replicas().replicas
     for crowd in crowds.values():
         crowd.close()

@@ -55,9 +55,12 @@ class Client:
         self._context: zmq.Context[Any] = zmq.Context()
         self._connection = Connection(self._context, self.address, keys)
 
-    def status(self, past: int = 1) -> a.Status:
-        """Ranks, states, versions, the epoch, and the ``past`` last updates and checks (16 at most)."""
-        answer = self._ask(a.AskStatus(id=secrets.token_hex(8), past=past), 0.0)
+    def status(self, past: int = 1, *, job: str | None = None) -> a.Status:
+        """Ranks, states, versions, the epoch, and the ``past`` last updates and checks (16 at most).
+
+        job: another than this client's; ``jobs`` in the answer names those that have ranks at the hub.
+        """
+        answer = self._ask(a.AskStatus(id=secrets.token_hex(8), past=past), 0.0, job)
         if not isinstance(answer, a.Status):
             raise HubError(f"status: expected one, got {type(answer).__name__}")
         return answer
@@ -232,10 +235,12 @@ class Client:
             raise HubError(f"{type(ask).__name__}: expected an answer, got {type(answer).__name__}")
         return answer
 
-    def _ask(self, ask: a.AskStatus | a.Command | m.AskReplicas, wait_s: float) -> m.Message:
+    def _ask(
+        self, ask: a.AskStatus | a.Command | m.AskReplicas, wait_s: float, job: str | None = None
+    ) -> m.Message:
         deadline = time.monotonic() + self.timeout_s
         sent = False
-        ask.job = self.job
+        ask.job = self.job if job is None else job_of(job)
         while True:
             left = deadline - time.monotonic()
             answer = None

@@ -98,22 +98,31 @@ def _status(client: Client, options: argparse.Namespace) -> int:
         with Live(console=Console(), auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
             while True:
                 try:
-                    live.update(status_table(client.status(options.past)), refresh=True)
+                    live.update(_tables(client, options), refresh=True)
                 except WeightbusError as error:
                     live.update(Text(str(error)), refresh=True)
                 time.sleep(1.0)
-    status = client.status(options.past)
     if options.json:
-        print(json.dumps(msgspec.to_builtins(status)))
+        print(json.dumps(msgspec.to_builtins(client.status(options.past))))
     else:
-        Console().print(status_table(status))
+        Console().print(_tables(client, options))
     return 0
+
+
+def _tables(client: Client, options: argparse.Namespace) -> RenderableType:
+    """Of the job that was asked for; where none was, of all that have ranks here."""
+    status = client.status(options.past)
+    others = [job for job in status.jobs if job != status.job] if not client.job else []
+    mine = [status] if status.peers or not others else []
+    return Group(*map(status_table, [*mine, *(client.status(options.past, job=job) for job in others)]))
 
 
 def status_table(status: a.Status) -> RenderableType:
     """Ranks as a table, with what is going on and what went before."""
     version = "none" if status.version is None else status.version
-    head = f"version {version}, epoch {status.epoch}, {len(status.peers)} ranks, up {status.up_s:.0f} s"
+    job = f"job {status.job}" if status.job else "job without a name"
+    head = f"{job}, incarnation {status.incarnation}, version {version}, epoch {status.epoch},"
+    head += f" {len(status.peers)} ranks, hub up {status.up_s:.0f} s"
     if status.incomplete:
         head += f", incomplete replicas: {', '.join(map(str, status.incomplete))}"
     if status.paused_s:

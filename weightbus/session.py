@@ -246,7 +246,7 @@ class Session:
                 case m.Farewell():
                     turn.farewell = message  # the outcome follows: this rank may be torn
                 case _:
-                    raise ProtocolError(f"expected a message of an update, got {type(message).__name__}")
+                    log.info("late: %s", type(message).__name__)  # as the answer to a poll that was given up
 
     def take_part(self, offer: m.TaskOffer) -> None:
         """In a task that somebody else has asked for; what became of it is said by state and callbacks."""
@@ -329,7 +329,8 @@ class Session:
         try:
             if not self.link.rejoin(0.0):
                 return None
-            self.link.send(m.Poll(peer=self.link.peer, number=self._polls))
+            ask = m.Poll(peer=self.link.peer, number=self._polls)
+            self.link.send(ask)
             deadline = time.monotonic() + POLL_S
             while (left := deadline - time.monotonic()) > 0:
                 message = self.link.receive(left)
@@ -337,6 +338,9 @@ class Session:
                     return message.task
                 if message is not None:
                     self._out_of_turn(message)
+                    # Its answer may have come meanwhile; to the same number there is one only.
+                    self.link.send(ask)
+                    deadline = time.monotonic() + POLL_S
         except HubLost as lost:
             log.warning("%s", lost)
         return None

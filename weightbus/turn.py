@@ -605,6 +605,8 @@ def look_at(link: Link | Loopback, farewell: Callable[[m.Farewell], None]) -> Ca
             raise Ended(message)
         if isinstance(message, m.Farewell):
             farewell(message)
+        elif isinstance(message, m.Polled):
+            log.info("late: %s", type(message).__name__)  # it must not hide what comes behind it
         elif message is not None:
             link.push_back(message)
 
