@@ -7,7 +7,9 @@ either: as a message is sent or was heard, in a hook, in a callback. The next ro
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import struct
 import threading
 import time
 
@@ -23,6 +25,7 @@ from weightbus import link as links
 from weightbus import messages as m
 from weightbus.hub import Hub
 from weightbus.link import HubLost, Link
+from weightbus.reading import Reader
 
 EXAMPLES = int(os.environ.get("WEIGHTBUS_FUZZ", "10"))
 
@@ -229,6 +232,76 @@ def test_one_end_for_all(port, point, error, planned):
 
 def _reason(error):
     return str(error) or f"interrupted by {type(error).__name__}"
+
+
+TASK_POINTS = [
+    ("server", what, kind)
+    for what, kinds in {
+        "hear": [m.TaskOffer, m.Gathered, m.Go, m.Outcome],
+        "say": [m.Facts, m.Ready, m.Done],
+        "said": [m.Facts, m.Ready, m.Done],
+        "call": ["update", "write", "commit", "torn", "refused"],
+    }.items()
+    for kind in kinds
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with the tensor that the server holds, filled with 9."""
+    path = tmp_path_factory.mktemp("saved")
+    data = torch.full((NUMEL,), 9.0).numpy().tobytes()
+    header = json.dumps({"a": {"dtype": "F32", "shape": [NUMEL], "data_offsets": [0, len(data)]}}).encode()
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    point=st.sampled_from(TASK_POINTS),
+    error=st.sampled_from([Stop("no"), KeyboardInterrupt(), weightbus.UpdateError("no")]),
+)
+@example(point=("server", "call", "write"), error=KeyboardInterrupt())
+@example(point=("server", "said", m.Facts), error=KeyboardInterrupt())
+@example(point=("server", "hear", m.Outcome), error=KeyboardInterrupt())
+def test_one_end_of_a_load_for_all(port, saved, point, error):
+    """As of an update; here the other end is the client that has asked for it."""
+    job = f"job{next(_names)}"
+    pair = Pair(port, job, True)
+    write = Reader.write
+
+    def writing(reader, *given, **options):
+        write(reader, *given, **options)
+        pair.fault.reach("server", "call", "write")
+
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            weightbus.Client(f"tcp://127.0.0.1:{port}", job=job) as client,
+        ):
+            patch.setattr(Reader, "write", writing)
+            pair.calls.clear()
+            pair.fault.arm(point, error)
+            end = client.update_from_disk(saved, version=5, timeout_s=5)
+            pair.settle()
+            opened, closed = pair.calls[0::2], pair.calls[1::2]
+            assert opened == ["update"] * len(closed), pair.calls
+            assert end.ok == (closed == ["commit"])
+            held = pair.target.unique().tolist()
+            assert held == [9.0 if end.ok or closed == ["torn"] else pair.last]
+            assert pair.subscriber.state == (CLOSING[closed[0]] if closed else "ready")
+            if not end.ok:
+                assert _reason(error) in str(end.failures[0])
+                assert _reason(error) in str(pair.subscriber.error)
+            assert all(one is error for one in pair.raised)
+            pair.fault.arm(None, None)
+            pair.calls.clear()
+            assert client.update_from_disk(saved, version=6, timeout_s=5).ok
+            pair.settle()
+            assert pair.calls == ["update", "commit"]
+            assert (pair.subscriber.state, pair.subscriber.version) == ("ready", 6)
+    finally:
+        pair.close()
 
 
 # -- what comes at another time, and heartbeats ----------------------------------------------------
