@@ -66,10 +66,10 @@ class Rank:
                 self.header = message.header._replace(update=0)
 
     def _live(self) -> list[m.Fold]:
-        return [m.Fold(job=0, group=0, sums=(1, 2), nbytes=8)] if self.hello.role == "server" else []
+        return [m.Fold(job=0, group=0, sums=(1, 2), nbytes=8, due=8)] if self.hello.role == "server" else []
 
     def _sent(self) -> list[m.Fold]:
-        return [m.Fold(job=0, group=0, sums=(1, 2), nbytes=8)] if self.hello.role == "trainer" else []
+        return [m.Fold(job=0, group=0, sums=(1, 2), nbytes=8, due=8)] if self.hello.role == "trainer" else []
 
 
 class Crowd:
