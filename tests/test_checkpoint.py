@@ -144,6 +144,22 @@ def test_module_names_do_not_leave_the_directory(tmp_path, module):
         stored_modules(tmp_path / "models", [module], files)
 
 
+def test_modules_whose_names_begin_alike(tmp_path):
+    for module, name in (("a", "b.c"), ("a.b", "d")):
+        (tmp_path / module).mkdir()
+        save(tmp_path / module / "model.safetensors", 1.0, name)
+    with Files() as files:
+        found, folders = stored_modules(tmp_path, ["a", "a.b"], files)
+        assert {name: tensor.path.parent.name for name, tensor in found.items()} == {
+            "a.b.c": "a",
+            "a.b.d": "a.b",
+        }
+        assert list(folders) == ["a.", "a.b."]
+        save(tmp_path / "a.b" / "more.safetensors", 1.0, "c")
+        with pytest.raises(SpecError, match=r"a\.b\.c: expected each name once, got it in"):
+            stored_modules(tmp_path, ["a", "a.b"], files)
+
+
 def test_a_file_where_a_module_is_expected(tmp_path):
     save(tmp_path / "vae", 1.0, "a")
     with Files() as files:

@@ -243,36 +243,33 @@ def test_a_folder_that_is_replaced_is_read_to_its_end(tree):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "changed", "touched"),
+    ("spoil", "strict", "relinked", "proved"),
     [
-        (lambda p: None, False, False),
-        (lambda p: p.write_text("ROOT"), True, False),
-        (lambda p: os.truncate(p, 2), True, False),
-        (lambda p: rewrite(p, "ROOT"), True, True),
-        (lambda p: os.link(p, p.with_name("two")), True, True),
-        (lambda p: p.unlink(), True, True),
-        (lambda p: p.chmod(0o600), True, True),
+        (lambda p: None, True, True, True),
+        (lambda p: p.write_text("ROOT"), False, False, False),
+        (lambda p: os.truncate(p, 2), False, False, False),
+        (lambda p: rewrite(p, "ROOT"), False, False, True),
+        (lambda p: p.chmod(0o600), False, False, True),
+        (lambda p: os.link(p, p.with_name("two")), False, True, True),
+        (lambda p: p.unlink(), False, True, True),
+        (lambda p: p.with_name("new").rename(p), False, True, True),
     ],
-    ids=["nothing", "written", "cut", "time put back", "linked", "removed", "mode"],
+    ids=["nothing", "written", "cut", "time put back", "mode", "linked", "removed", "replaced"],
 )
-def test_what_is_noticed_of_a_change(tree, spoil, changed, touched):
+def test_what_is_taken_for_no_change(tree, spoil, strict, relinked, proved):
     path = tree / "root" / "file"
+    (tree / "root" / "new").write_text("new")
     old = 1_000_000_000  # a time of writing that is not now
     os.utime(path, ns=(old, old))
     with Files() as files:
         file = files.file(path)
         spoil(path)
-        assert file.touched() == touched
-        if changed:
-            with pytest.raises(SpecError, match="stays as it is while it is loaded, but it changed"):
-                file.check_unchanged()
-        else:
-            file.check_unchanged()
-        if changed and not touched:
-            with pytest.raises(SpecError, match="changed"):
-                file.check_unchanged(touched=True)
-        else:
-            file.check_unchanged(touched=True)  # nothing of it was read
+        for good, said in ((strict, {}), (relinked, {"relinked": True}), (proved, {"proved": True})):
+            if good:
+                file.check_unchanged(**said)
+            else:
+                with pytest.raises(SpecError, match="stays as it is while it is loaded, but it changed"):
+                    file.check_unchanged(**said)
 
 
 def rewrite(path, text):
@@ -282,16 +279,16 @@ def rewrite(path, text):
     os.utime(path, ns=(look.st_atime_ns, look.st_mtime_ns))
 
 
-def test_what_was_read_of_a_touched_file_is_read_again(tree):
+def test_what_was_read_of_it_is_read_again(tree):
     path = tree / "root" / "file"
     with Files() as files:
         file = files.file(path)
         assert file.part(0, 2) == b"ro"
         rewrite(path, "roXX")
-        file.check_unchanged(touched=True)
+        file.check_unchanged(proved=True)
         rewrite(path, "XXot")
         with pytest.raises(SpecError, match="changed"):
-            file.check_unchanged(touched=True)
+            file.check_unchanged(proved=True)
 
 
 def test_nothing_is_read_of_a_file_that_is_too_large(tree):

@@ -64,7 +64,11 @@ def stored_modules(
     folders = {f"{module}.": _module_folder(top, module) for module in modules}
     found: dict[str, Stored] = {}
     for module, folder in zip(modules, folders.values(), strict=True):
-        found.update(with_prefix(module, _of_folder(folder)))
+        own = with_prefix(module, _of_folder(folder))
+        if both := found.keys() & own.keys():
+            name = min(both)
+            raise SpecError(f"{path}: {name}: expected each name once, got it in {own[name].path} too")
+        found.update(own)
     return found, folders
 
 

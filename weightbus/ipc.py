@@ -404,7 +404,7 @@ def _map(allocation: Allocation) -> Tensor:
     try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode) or not _HEADER_BYTES <= allocation.nbytes <= found.st_size:
-            raise IpcError(f"shared memory: expected {allocation.nbytes} bytes, got {found.st_size}")
+            raise IpcError(f"shared memory: expected {allocation.nbytes} bytes, got another file")
         if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise IpcError("shared memory: expected one that is sealed against shrinking")
         memory = mmap.mmap(file, allocation.nbytes, access=mmap.ACCESS_READ)

@@ -58,6 +58,7 @@ class Load:
         self._done = self._total = 0
         self._files = Files(task.roots)
         self._lists: dict[str, Saved] = {}
+        self._prefixes: dict[str, str] = {}  # of names of tensors in folders: the module's, with a dot
         self._sources: Sources | None = None
         self._mapped = contextlib.ExitStack()
         self._sums: dict[int, tuple[int, int]] = {}
@@ -101,15 +102,15 @@ class Load:
         self._pieces = pieces_of(self._reads)
         self.nbytes = sum(piece.nbytes for piece in self._pieces)
         self._sources = Sources([read.stored for read in self._reads], memory, self._files)
-        listed = tuple(self._lists) if task.verify else ()
-        digested = [piece for piece in self._pieces if piece.stored.spec.name.startswith(listed)]
+        listed = {name for name, prefix in self._prefixes.items() if task.verify and prefix in self._lists}
+        digested = [piece for piece in self._pieces if piece.stored.spec.name in listed]
         self._total = self.nbytes + (self.nbytes if task.atomic else sum(piece.nbytes for piece in digested))
         self._reader = Reader(self._sources, destination.device, self._look)
         if digested:
             self._sums = self._reader.digest(digested, self._moved, keep=task.atomic)
         if task.atomic and task.path:
             self._reader.keep([piece for piece in self._pieces if piece.kept is None], self._moved)
-            self._sources.check_unchanged(touched=len(digested) == len(self._pieces))  # by the list
+            self._sources.check_unchanged(proved=len(digested) == len(self._pieces))
         taken = {move.wire for wire in target.specs for move in converted.moves[wire]}
         untaken = [name for name in manifest if name not in taken]
         return msgspec.msgpack.encode(_Prepared(untaken=untaken, digested=self._digested()))
@@ -166,6 +167,8 @@ class Load:
         elif self.task.modules is not None:
             self._destination.layout.select(self.task.modules)  # raises
         found, folders = stored_modules(path, self.modules, self._files)
+        by_path = {folder.path: prefix for prefix, folder in folders.items()}
+        self._prefixes = {n: by_path[t.path.parent] for n, t in found.items() if t.path.parent in by_path}
         for prefix, folder in folders.items():
             if folder.has(DIGEST_LIST):
                 self._lists[prefix] = saved_in(folder.file(DIGEST_LIST))
@@ -177,7 +180,7 @@ class Load:
 
     def _fits(self, prefix: str, path: Path, found: Mapping[str, Stored]) -> None:
         listed = self._lists[prefix].tensors
-        held = {name.removeprefix(prefix): t.spec for name, t in found.items() if name.startswith(prefix)}
+        held = {n.removeprefix(prefix): t.spec for n, t in found.items() if self._prefixes[n] == prefix}
         for name in sorted(listed.keys() | held.keys(), key=str.encode):
             entry = (listed[name].dtype, listed[name].shape) if name in listed else "no entry"
             spec = (held[name].dtype, held[name].shape) if name in held else "no tensor"
@@ -215,7 +218,7 @@ class Load:
             self._compare(name, parts)
 
     def _compare(self, name: str, parts: list[Digest]) -> None:
-        prefix = next(prefix for prefix in self._lists if name.startswith(prefix))
+        prefix = self._prefixes[name]
         listed = self._lists[prefix].tensors[name.removeprefix(prefix)].digest
         whole = [part for part in parts if part.boxes == (Box.whole(part.shape),)]
         try:
@@ -257,16 +260,16 @@ class Load:
             self._check_unchanged()
 
     def _check_unchanged(self) -> None:
-        """Raise unless the files are as they were. Where only their status has changed, as when another save
-        took the name, that is proved: by the list, else by reading again."""
+        """Raise unless the files are as they were, or the list proves what was read. A file that only lost its
+        name to another save, or has a further one, is read again."""
         assert self._sources is not None, "prepared first"
-        touched = self._sources.touched()
+        proved, relinked = self.word == "verified", self._sources.relinked()
         plain = all(
             read.view is not None and read.view.dtype == torch_dtype(read.stored.spec.dtype)
             for read in self._reads
         )
-        self._sources.check_unchanged(touched=plain or self.word == "verified")
-        if touched and self.word != "verified":
+        self._sources.check_unchanged(relinked=plain, proved=proved)
+        if relinked and not proved:
             self._prove(self._reader.digest(self._pieces, lambda nbytes: None, keep=False))
 
     def _prove(self, expected: Mapping[int, tuple[int, int]]) -> None:

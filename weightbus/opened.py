@@ -66,27 +66,24 @@ class OpenFile:
             raise unreadable(self.path, error) from error
         return b"".join(parts)
 
-    def touched(self) -> bool:
-        """Whether its status has changed since it was opened, and neither its size nor the time of the last
-        write: it was linked, renamed or removed; or written to, and the time put back."""
+    def relinked(self) -> bool:
+        """Whether links to it were made or removed since it was opened, as where another save took its name,
+        and its size and time of writing are the same."""
         now, then = os.fstat(self.descriptor), self.look
         same = (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
-        return same and now.st_ctime_ns != then.st_ctime_ns
+        return same and now.st_nlink != then.st_nlink
 
-    def check_unchanged(self, *, touched: bool = False) -> None:
-        """Raise SpecError if it may have been written to since it was opened.
+    def check_unchanged(self, *, relinked: bool = False, proved: bool = False) -> None:
+        """Raise SpecError if it may have been written to since it was opened: who writes can put back the time
+        of that, but not the time of the change of status.
 
-        touched: a change of status alone is none, as where another save took the name: the rest of the bytes is
-            proved otherwise. What ``part`` gave is then read again.
+        relinked: other links are no change; the caller reads the bytes again. proved: nor is any change of
+            status alone, as the bytes were proved. Either way what ``part`` gave is read again here.
         """
-        now = os.fstat(self.descriptor)
-        same = (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (
-            self.look.st_size,
-            self.look.st_mtime_ns,
-            self.look.st_ctime_ns,
-        )
-        if not same and touched and self.touched():
-            same = all(
+        now, then = os.fstat(self.descriptor), self.look
+        same = (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
+        if same and now.st_ctime_ns != then.st_ctime_ns:
+            same = (proved or (relinked and self.relinked())) and all(
                 hashlib.sha256(self._part(begin, nbytes)).digest() == seen for begin, nbytes, seen in self.seen
             )
         if not same:

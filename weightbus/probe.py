@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from weightbus import messages as m
+from weightbus.bounded_json import decode
 from weightbus.changes import compare, snapshot
 from weightbus.ends import Destination
 from weightbus.errors import SpecError, UpdateError
@@ -52,7 +53,7 @@ class Probe:
                 ((_, module),) = self._modules(self._task.modules).items()
                 verdict = check_sha256(
                     module,
-                    msgspec.json.decode(self._task.argument, type=Manifests),
+                    decode("expected digests", self._task.argument, Manifests),
                     group=self._group,
                     rank=self._place,
                     size=self._size,

@@ -197,14 +197,14 @@ class Sources:
         memory = self._memory.get(piece.stored.path)
         return None if isinstance(memory, memoryview) else memory
 
-    def check_unchanged(self, *, touched: bool = False) -> None:
-        """Raise SpecError for a file that was written to since it was opened. touched: as of ``OpenFile``."""
+    def check_unchanged(self, *, relinked: bool = False, proved: bool = False) -> None:
+        """Raise SpecError for a file that was written to since it was opened; as of ``OpenFile``."""
         for file in self._files.values():
-            file.check_unchanged(touched=touched)
+            file.check_unchanged(relinked=relinked, proved=proved)
 
-    def touched(self) -> bool:
-        """Whether a file may have been written to, though its size and time are the same."""
-        return any(file.touched() for file in self._files.values())
+    def relinked(self) -> bool:
+        """Whether links to a file were made or removed since it was opened."""
+        return any(file.relinked() for file in self._files.values())
 
     def close(self) -> None:
         self._own.close()
