@@ -16,13 +16,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import weightbus
 from weightbus import hub
+from weightbus.audit import Audit
 from weightbus.constants import MAX_ENCLOSING
 from weightbus.derived import STEPS
 from weightbus.digest_list import NAME as LIST
 from weightbus.digest_list import saved_of
+from weightbus.install import Target
+from weightbus.layout import layout_of
 from weightbus.tree import MAX_DEPTH, tree_of
 
 SIZE = 6
@@ -231,6 +235,62 @@ def test_constants_need_no_declaration(dtype):
     assert [(m.tensor, m.kind) for m in verdict.mismatches] == [("1.rotary.mask", "constant")]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert before == {name: id(module) for name, module in target.named_modules()}
+
+
+class Deep(nn.Module):
+    """Made of a configuration, and holds what is not, three modules down."""
+
+    def __init__(self, config: dict[str, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList()
+        for layer in range(config["layers"]):
+            inner = nn.Sequential(Forgetful(config["length"] + layer), nn.Linear(2, 2))
+            self.layers.append(nn.Sequential(inner))
+
+
+def test_constants_are_found_by_a_module_far_around_that_is_made_of_a_config():
+    config = {"layers": 3, "length": 5}
+    with weightbus.colocate(Deep(config), Deep(config)) as pair:
+        assert pair.update(1).word == "verified"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("wrap", ["compiled", "sequential"])
+def test_constants_and_copies_of_wrapped_models(wrap):
+    source, target = nn.Sequential(Block(4), Scale(1)), nn.Sequential(Block(4), Scale(2))
+    wrapped = {"compiled": torch.compile, "sequential": nn.Sequential}[wrap]
+    with weightbus.colocate(wrapped(source), wrapped(target)) as pair:
+        assert list(pair.update(1).partial) == ["1.one_plus" if wrap == "compiled" else "0.1.one_plus"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_tensors_inside_of_wrapper_subclasses_are_looked_at():
+    target = Scale(2)
+    target.one_plus = TwoTensor(target.weight.detach(), target.weight.detach() + 1)
+    target.sparse = (target.weight.detach() > 1).float().to_sparse()
+    target.row = target.weight.detach().to_sparse_csr()
+    with weightbus.colocate(Scale(1), target) as pair:
+        partial = pair.update(1).partial
+    assert set(partial) == {"one_plus.b", "sparse.indices", "sparse.values", "row"}
+    assert "sparse_csr" in partial["row"]
+
+
+def test_target_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        target = nn.Sequential(Rotary(4), Scale(2))
+        target[1].weight = nn.Parameter(target[1].weight.clone(), requires_grad=False)
+    source = nn.Sequential(Rotary(4), Scale(1))
+    derived = {"1.one_plus": lambda scale: 1 + scale.weight}
+    layout = layout_of(target)
+    manifest = {name: spec for name, spec in layout.specs.items()}
+    audit = Audit(target, local=(), derived=derived, require_proof=True, inputs=None)
+    feeds = Target(layout, None, manifest, name_map=None, local=(), derived=tuple(derived), traces={})
+    audit.begin(feeds)
+    with torch.inference_mode():
+        target[1].weight.copy_(source[1].weight)
+    assert audit.derive(feeds, prove=True) == audit.check(feeds) == []
+    assert torch.equal(target[1].one_plus, 1 + source[1].weight)
 
 
 class Zeros(nn.Module):

@@ -38,6 +38,7 @@ LAYERS = {
         "torch_trace",
         "hook",
         "install",
+        "glance",
         "tree",
         "regions",
         "torch_flows",

@@ -12,9 +12,9 @@ import inspect
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MethodType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from weightbus.torch_module import tensors_of, walk
 from weightbus.tree import Found, Tree, plain, tree_of
 
 MAX_ENCLOSING = 2
-"""How many modules around a tensor's own are tried, where that one can't be made alone."""
+"""How many modules around a tensor's own are tried, where that one can't be made alone; more if they are made
+of a ``config`` alone."""
 
 MAX_FAILURES = 4
 """A class of which so many instances could not be made is not tried again."""
@@ -44,34 +45,38 @@ class Constants:
         weights = [one for one in tree.found if isinstance(one.held, nn.Parameter)]
         self._sizes = {(id(one.owner), one.tensor.numel()) for one in weights}
         self._failures: dict[type, int] = {}
+        self._tried: set[int] = set()
+        self._reasons: dict[int, str] = {}
         self._until = time.monotonic() + BUDGET_S
 
     def among(self, found: Sequence[Found]) -> tuple[list[Found], dict[str, str]]:
         """The constants, and why each of the others is not known to be one."""
-        constants: list[Found] = []
         unknown: dict[str, str] = {}
-        by_owner: dict[int, list[Found]] = {}
+        left: dict[str, Found] = {}
         for one in found:
-            by_owner.setdefault(id(one.owner), []).append(one)
-        for rows in by_owner.values():
-            left = {}
-            for one in rows:
-                if placeholder(one.tensor) and (id(one.owner), one.tensor.numel()) in self._sizes:
-                    unknown[one.name] = "zeros or ones, a place for as many elements as a weight beside it has"
-                else:
-                    left[one.name] = one
-            why = self._try(rows[0].owner, left) if left else ""
-            constants += [one for one in rows if one.name not in left and one.name not in unknown]
-            unknown |= dict.fromkeys(left, f"not fed by updates, nor known to be a constant: {why}")
-        return constants, unknown
+            if placeholder(one.tensor) and (id(one.owner), one.tensor.numel()) in self._sizes:
+                unknown[one.name] = "zeros or ones, a place for as many elements as a weight beside it has"
+            else:
+                left[one.name] = one
+        for one in found:
+            if one.name in left and id(one.owner) not in self._reasons:
+                self._reasons[id(one.owner)] = self._try(one.owner, left)
+        unknown |= {
+            name: f"not fed by updates, nor known to be a constant: {self._reasons[id(one.owner)]}"
+            for name, one in left.items()
+        }
+        return [one for one in found if one.name not in unknown], unknown
 
     def _try(self, owner: nn.Module, left: dict[str, Found]) -> str:
-        """Take out of ``left`` what is a constant. Returns why the others are not."""
+        """Take constants of this module out of ``left``, and of others made with it. Why others are not."""
         chain = self._tree.around.get(id(owner), (("", owner),))
         first = max((i for i, (_, module) in enumerate(chain) if steps(module)), default=0)
-        why = f"{type(chain[first][1]).__name__}, which has a post-load step, is too far around it"
-        for index, (prefix, module) in list(enumerate(chain))[first : MAX_ENCLOSING + 1]:
+        why = f"{type(owner).__name__} does not keep its constructor's arguments, nor does a module around it"
+        for index, (prefix, module) in list(enumerate(chain))[first:]:
             kind = _class_of(module)
+            if id(module) in self._tried or (index > MAX_ENCLOSING and not _of_a_config(kind)):
+                continue
+            self._tried.add(id(module))
             if self._failures.get(kind, 0) >= MAX_FAILURES or time.monotonic() > self._until:
                 why = f"other instances of {kind.__name__} could not be made again"
                 continue
@@ -83,7 +88,7 @@ class Constants:
                         why = f"made again, {kind.__name__} gives other bytes, or makes it from weights"
                     except Exception as error:
                         why = f"{kind.__name__} can't be made again ({type(error).__name__}: {error})"
-                    if not left:
+                    if not any(one.owner is owner for one in left.values()):
                         return ""
             if len(left) == before:
                 self._failures[kind] = self._failures.get(kind, 0) + 1
@@ -107,7 +112,7 @@ class Constants:
         made = {one.name: one for one in tree_of({"": again}).found}
         fed = [t for p, m in walk(again) for _, t in tensors_of(p, m, persistent_only=True)]
         for name, live in list(left.items()):
-            one = made.get(name.removeprefix(prefix))
+            one = made.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
             if one is not None and _equal(one.tensor, live.tensor) and flows.free(one.tensor, fed):
                 del left[name]
 
@@ -116,6 +121,13 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
     """The class that was written: not the one that ``fully_shard`` has made of it."""
     kinds = (kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
     return cast(type[nn.Module], next(kinds))
+
+
+def _of_a_config(kind: type[nn.Module]) -> bool:
+    """Whether a class is made of a configuration alone, as Hugging Face models are."""
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic] == ["config"]
 
 
 def _bindings(kind: type[nn.Module], modules: Sequence[nn.Module]) -> Iterator[dict[str, object]]:
@@ -144,10 +156,10 @@ def _same(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
     return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
 
 
-def _settings(left: Any) -> Iterator[tuple[torch.device, torch.dtype]]:
+def _settings(left: Iterable[Found]) -> Iterator[tuple[torch.device, torch.dtype]]:
     """Devices and default dtypes under which the live tensors may have been made."""
     tensors = [one.tensor for one in left]
-    devices = dict.fromkeys([tensors[0].device, torch.device("cpu")])
+    devices = dict.fromkeys([*(tensor.device for tensor in tensors), torch.device("cpu")])
     floats = [t.dtype for t in tensors if t.dtype.is_floating_point and t.dtype.itemsize > 1]
     for device in devices:
         for dtype in dict.fromkeys([torch.get_default_dtype(), torch.float32, *floats]):

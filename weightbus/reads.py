@@ -59,7 +59,7 @@ def _call(module: nn.Module, inputs: Any) -> object:
 @contextlib.contextmanager
 def _restored(tree: Tree) -> Iterator[None]:
     """What modules, objects and containers hold is put back."""
-    dicts = [(held, dict(held)) for held in (*tree.glance.dicts, *tree.glance.empty)]
+    dicts = [(held, dict(held)) for held in (*tree.glance.dicts, *tree.glance.empty, *tree.glance.registered)]
     rows = [(held, held.copy()) for held in tree.glance.rows if isinstance(held, list | set | deque)]
     slots = [(slot, value, slot.__get__(value)) for slot, value in tree.glance.slots if _is_set(slot, value)]
     try:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import enum
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from itertools import chain
 from types import MemberDescriptorType, ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from weightbus.glance import Glance, slot_of
 from weightbus.part import plain_view
 from weightbus.torch_dtensor import is_dtensor, local_tensor
 from weightbus.torch_module import inner_tensors, walk
@@ -29,9 +28,6 @@ MAX_DEPTH = 16
 
 MAX_OBJECTS = 1_000_000
 """How many objects are looked at in all."""
-
-MAX_GLANCED = 10_000
-"""Of longer lists only a new length is seen between two walks."""
 
 _LEAVES = (
     str,
@@ -65,33 +61,6 @@ class Found:
     owner: nn.Module
     prefix: str
     held: Tensor
-
-
-class Glance:
-    """Sees, in a few loops in C, whether modules, objects and containers still hold the same objects."""
-
-    def __init__(self) -> None:
-        self.dicts: list[dict[Any, Any]] = []
-        self.empty: list[dict[Any, Any]] = []
-        self.rows: list[Collection[Any]] = []
-        self.slots: list[tuple[MemberDescriptorType, object]] = []
-        self._before: object = None
-
-    def keep(self) -> None:
-        """What is held now is what ``changed`` compares with."""
-        self._before = self._now()
-
-    def changed(self) -> bool:
-        """Whether something has been put in, taken out or replaced."""
-        return self._before != self._now()
-
-    def _now(self) -> object:
-        return (
-            list(map(id, chain.from_iterable(map(dict.values, self.dicts)))),
-            [list(map(id, row)) if len(row) <= MAX_GLANCED else len(row) for row in self.rows],
-            [id(_slot(descriptor, value)) for descriptor, value in self.slots],
-            any(self.empty),
-        )
 
 
 @dataclass(slots=True)
@@ -154,8 +123,9 @@ class _Walker:
         for path, module in walk(top, prefix):
             if id(module) not in self._seen:
                 self._seen.add(id(module))
-                for held in (module._parameters, module._buffers, module._modules):
-                    (self.tree.glance.dicts if held else self.tree.glance.empty).append(held)
+                glance = self.tree.glance
+                glance.registered += [module._parameters, module._modules]
+                (glance.dicts if module._buffers else glance.empty).append(module._buffers)
                 self._owner, self._prefix = module, path
                 self._attributes(path, module, 0)
         self._owner, self._prefix = before
@@ -216,7 +186,7 @@ class _Walker:
         slots, shared = _of_class(kind)
         for key, slot in slots:
             self.tree.glance.slots.append((slot, value))
-            self._value(f"{prefix}{key}", _slot(slot, value), depth + 1)
+            self._value(f"{prefix}{key}", slot_of(slot, value), depth + 1)
         for key, item in shared:
             self._value(f"{prefix}{key}", item, depth + 1)
 
@@ -252,13 +222,6 @@ def _of_class(kind: type) -> tuple[list[tuple[str, MemberDescriptorType]], list[
     rows = [(key, item) for base in bases for key, item in list(vars(base).items())]
     slots = [(key, item) for key, item in rows if isinstance(item, MemberDescriptorType)]
     return slots, [row for row in rows if isinstance(row[1], Tensor | list | dict | tuple | set)]
-
-
-def _slot(descriptor: MemberDescriptorType, value: object) -> object:
-    try:
-        return descriptor.__get__(value, type(value))
-    except AttributeError:
-        return None
 
 
 def _unlookable(tensor: Tensor) -> str:
