@@ -175,6 +175,20 @@ def test_only_messages_of_the_round_are_heard_in_it(mine, other):
         assert not rounds.accepts(sample)
 
 
+def test_a_round_whose_hub_was_lost_does_not_keep_a_rank_from_the_next():
+    rounds = Rounds("")
+    mine, following = m.Header("", 1, 1, 5), m.Header("", 1, 2, 6)
+    with rounds.within(task_offer(mine)):
+        assert not rounds.accepts(task_offer(following))
+        rounds.orphaned = True
+        assert rounds.accepts(task_offer(following))
+        assert not rounds.accepts(task_offer(mine))
+        OUTCOME.stamp(following)
+        assert not rounds.accepts(OUTCOME), "of the next one"
+        OUTCOME.stamp(mine)
+        assert rounds.accepts(OUTCOME)
+
+
 def test_an_outcome_is_heard_by_those_who_have_called_only():
     rounds = Rounds("")
     OUTCOME.stamp(m.Header("", 1, 1, 5))

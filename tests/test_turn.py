@@ -9,7 +9,9 @@ import pytest
 
 from weightbus import messages as m
 from weightbus import turn as turns
-from weightbus.turn import Ended, Progress, Turn, look_at
+from weightbus import wire
+from weightbus.errors import UpdateError
+from weightbus.turn import Ended, Progress, Turn, explain, look_at
 
 
 def test_what_was_mapped_is_given_back_where_facts_make_no_sense():
@@ -23,6 +25,18 @@ def test_what_was_mapped_is_given_back_where_facts_make_no_sense():
     assert "facts of trainer rank 0" in said[0].reason
     turn.close()
     assert closed == [True]
+
+
+@pytest.mark.parametrize("error", [UpdateError, ValueError, KeyboardInterrupt])
+def test_a_reason_of_any_length_travels(error):
+    """As of a model of which no name is known: the hub takes it, and its beginning is there."""
+    names = ", ".join(f"layers.{i}.weight" for i in range(20_000))
+    reason = explain(error(names))
+    assert "layers.0.weight, layers.1.weight" in reason
+    assert "characters more)" in reason
+    refuse = m.Refuse(peer="p", reason=reason)
+    assert wire.decode_to_hub(wire.encode(refuse)) == refuse
+    assert explain(error("short")).endswith("short")
 
 
 def test_a_farewell_does_not_hide_the_end_of_the_round(monkeypatch):

@@ -20,13 +20,15 @@ class Rounds:
     """Which round this rank is in. For one thread at a time.
 
     header: of the round, or, between rounds, of what was heard last, with no number. entered: this rank has
-    called, and waits for the offer. outcome: of the round, once it was heard. stale: how many were dropped.
+    called, and waits for the offer. outcome: of the round, once it was heard. orphaned: its hub
+    was lost, and the next round ends the wait for its outcome. stale: how many were dropped.
     """
 
     def __init__(self, job: str) -> None:
         self.header = m.Header(job)
         self.entered = False
         self.outcome: m.Outcome | None = None
+        self.orphaned = False
         self.stale = 0
         self._ended: deque[int] = deque(maxlen=MAX_ENDED)
 
@@ -85,6 +87,8 @@ class Rounds:
                 return True  # of what could not be read, whatever it was of
             case _ if message.job != self.header.job:
                 return False
+            case m.Offer() | m.TaskOffer() if self.orphaned:
+                return message.update != self.header.update
             case m.Offer() if inside:
                 return message.header == self.header  # facts are exchanged again
             case m.Offer() | m.TaskOffer():

@@ -355,14 +355,14 @@ class Session:
         """
         if not turn.finished or turn.seed is None:
             return None
-        self._unheard = turn.seed
+        self._unheard, self.link.rounds.orphaned = turn.seed, True
         try:
             return self._await_outcome(time.monotonic() + UNHEARD_S)
         except HubError as error:
             log.warning("%s", error)
             return None
         finally:
-            self._unheard = None
+            self._unheard, self.link.rounds.orphaned = None, False
 
     def _await_outcome(self, deadline: float) -> m.Outcome | None:
         while (left := deadline - time.monotonic()) > 0:

@@ -52,6 +52,9 @@ BACKGROUND_PAUSE_S = 0.0005
 
 CHANGED_IN_PLACE = "expected shape, strides and dtype as planned, got others at the same address"
 
+# Of a reason that a rank gives; the schema allows more.
+MAX_REASON_CHARACTERS = 8 << 10
+
 # How often a rank that is moving bytes looks at what the hub says.
 LOOK_S = 0.02
 
@@ -614,6 +617,10 @@ def look_at(link: Link | Loopback, farewell: Callable[[m.Farewell], None]) -> Ca
 
 
 def explain(error: BaseException) -> str:
-    if isinstance(error, WeightbusError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else f"interrupted by {type(error).__name__}"
+    """The reason that travels: never more than a message takes, be it that thousands of names are in it."""
+    text = str(error)
+    if not isinstance(error, WeightbusError):
+        kind = type(error).__name__
+        text = f"{kind}: {text}" if text else f"interrupted by {kind}"
+    more = len(text) - MAX_REASON_CHARACTERS
+    return text if more <= 0 else f"{text[:MAX_REASON_CHARACTERS]}... ({more} characters more)"
