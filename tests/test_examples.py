@@ -101,7 +101,7 @@ def test_a_policy_learns_from_rollouts_that_are_updated_after_every_step() -> No
     run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     steps = re.findall(
-        r"^step +(\d+)  reward ([\d.]+)  verified version (\d+): .*, peer; no job= named: .*$", run.stdout, re.M
+        r"^step +(\d+)  reward ([\d.]+)  verified version (\d+): .*, peer; unnamed job: .*$", run.stdout, re.M
     )
     assert (
         [step for step, _, _ in steps]

@@ -503,7 +503,7 @@ def test_a_report_names_the_processes_of_both_ends(address, job):
     assert (server.ranks, server.serves, server.pid) == ("replica 0 server rank 0", True, pid)
     assert server.started == pytest.approx(started, abs=1.0)
     assert server.host == identity.host_name()
-    assert (f"pid {pid} on {server.host} since 20" in text) == (not job)
+    assert (f"to pid {pid} on {server.host} since 20" in text) == (not job)
 
 
 def test_a_process_knows_when_it_started():

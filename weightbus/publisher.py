@@ -215,7 +215,7 @@ class Publisher:
             if outcome.moved:
                 raise TornError(f"version {version} was not committed, servers may hold a mixture:{reasons}")
             if outcome.servers and not outcome.job and (ends := both_ends(processes)):
-                reasons += f"\n  no job= named: {ends}"
+                reasons += f"\n  unnamed job: {ends}"
             raise UpdateError(f"version {version} was refused, nothing was written:{reasons}")
         self.version = version
         report = Report(

@@ -89,7 +89,7 @@ def both_ends(processes: Sequence[Process]) -> str:
     """The first process of each end, in words; empty if all of them are one end's, or both's."""
     sends = next((one for one in processes if not one.serves), None)
     serves = next((one for one in processes if one.serves), None)
-    return f"{sends}, to {serves}" if sends and serves else ""
+    return f"from {sends} to {serves}" if sends and serves else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +137,7 @@ class Report:
             f"{_count(self.trainers, 'trainer rank')} to {_count(self.servers, 'server rank')}, {self.route}"
         )
         ends = "" if self.job else both_ends(self.processes)
-        return "\n  ".join([f"{head}; no job= named: {ends}" if ends else head, *_unproved(self.partial)])
+        return "\n  ".join([f"{head}; unnamed job: {ends}" if ends else head, *_unproved(self.partial)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
