@@ -89,7 +89,7 @@ class Pair:
         self.target.weight_loader = self._load
         self.publisher = weightbus.Publisher(
             [("a", self.source)], address=f"tcp://127.0.0.1:{port}", job=job, rank=0, size=1,
-            join_timeout_s=10, ready_timeout_s=5, transfer_timeout_s=5, route="broadcast",
+            join_timeout_s=30, ready_timeout_s=30, transfer_timeout_s=30, route="broadcast",
         )  # fmt: skip
         self.subscriber = weightbus.Subscriber(
             [("a", self.target)], address=f"tcp://localhost:{port}", job=job, rank=0, replica_size=1,
@@ -135,7 +135,7 @@ class Pair:
 
     def settle(self):
         """Until the server has done with the round, and there is nothing more to hear."""
-        deadline, idle = time.monotonic() + 10, self.idle
+        deadline, idle = time.monotonic() + 30, self.idle
         while self.idle < idle + 3:
             assert time.monotonic() < deadline, (self.subscriber.state, self.calls)
             time.sleep(0.01)
@@ -163,7 +163,7 @@ def port():
 def quick(monkeypatch):
     for module in (protocol, tasks):
         monkeypatch.setattr(module, "GRACE_S", 0.1)
-    monkeypatch.setattr(giving_up, "GIVE_UP_S", 1.0)
+    monkeypatch.setattr(giving_up, "GIVE_UP_S", 3.0)
 
 
 _names = itertools.count()
@@ -282,7 +282,7 @@ def test_one_end_of_a_load_for_all(port, saved, point, error):
             patch.setattr(Reader, "write", writing)
             pair.calls.clear()
             pair.fault.arm(point, error)
-            end = client.update_from_disk(saved, version=5, timeout_s=5)
+            end = client.update_from_disk(saved, version=5, timeout_s=30)
             pair.settle()
             opened, closed = pair.calls[0::2], pair.calls[1::2]
             assert opened == ["update"] * len(closed), pair.calls
@@ -296,7 +296,7 @@ def test_one_end_of_a_load_for_all(port, saved, point, error):
             assert all(one is error for one in pair.raised)
             pair.fault.arm(None, None)
             pair.calls.clear()
-            assert client.update_from_disk(saved, version=6, timeout_s=5).ok
+            assert client.update_from_disk(saved, version=6, timeout_s=30).ok
             pair.settle()
             assert pair.calls == ["update", "commit"]
             assert (pair.subscriber.state, pair.subscriber.version) == ("ready", 6)
