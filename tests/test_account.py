@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -19,7 +21,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import weightbus
-from weightbus import hub
+from weightbus import hub, load_command
+from weightbus import messages as m
 from weightbus.audit import Audit
 from weightbus.constants import MAX_ENCLOSING
 from weightbus.derived import STEPS
@@ -736,6 +739,20 @@ def test_words_of_loads(address, tmp_path):
     assert derived == ("unverified", [], False)
     assert "one_plus: expected proof" in refused
     assert "expected a digest list of every module" in unlisted
+
+
+def test_command_prints_what_a_load_does_not_prove(monkeypatch, capsys, tmp_path):
+    end = m.TaskEnd(
+        id="x", ok=True, verdict="partial", partial={f"copy{i}": "not fed" for i in range(20)}, ranks=1
+    )
+    monkeypatch.setattr(
+        load_command, "Client", lambda *a, **k: nullcontext(Mock(update_from_disk=lambda *a, **k: end))
+    )
+    assert load_command.main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("partial load of ")
+    assert "not proved: copy0: not fed" in told
+    assert "12 more names" in told
 
 
 # -- real ranks ----------------------------------------------------------------------------------------------

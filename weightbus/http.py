@@ -49,6 +49,7 @@ from weightbus.identity import address_of, job_of
 from weightbus.keys import Keys, load_keys
 from weightbus.opened import Files, short
 from weightbus.payload import refuse_pickle
+from weightbus.report import unproved_lines
 from weightbus.start import listens
 
 DEFAULT_PORT = 5780
@@ -203,7 +204,8 @@ def router(
         if flush and engine.flush_cache is not None:
             _call("flush_cache", engine.flush_cache)
         label = "" if end.version is None else f", version {end.version}"
-        return _answer(True, f"{what}: {end.verdict} on {end.ranks} ranks in {end.seconds:.3f} s{label}")
+        head = f"{what}: {end.verdict} on {end.ranks} ranks in {end.seconds:.3f} s{label}"
+        return _answer(True, "; ".join([head, *unproved_lines(end.partial)]))
 
     @routes.post("/update_weights_from_disk", response_model=Answer)
     def update_weights_from_disk(body: UpdateFromDisk) -> JSONResponse:

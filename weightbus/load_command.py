@@ -9,6 +9,7 @@ from pathlib import Path
 
 from weightbus.client import Client
 from weightbus.errors import WeightbusError
+from weightbus.report import unproved_lines
 
 
 def main(arguments: list[str]) -> int:
@@ -50,5 +51,6 @@ def main(arguments: list[str]) -> int:
         print("\n  ".join([f"{path}: {head}", *map(str, end.failures)]), file=sys.stderr)
         return 1
     label = "" if end.version is None else f" version {end.version}"
-    print(f"{end.verdict} load{label} of {path} on {end.ranks} ranks in {end.seconds:.3f} s")
+    head = f"{end.verdict} load{label} of {path} on {end.ranks} ranks in {end.seconds:.3f} s"
+    print("\n  ".join([head, *unproved_lines(end.partial)]))
     return 0

@@ -29,7 +29,8 @@ def reads_of(tops: Mapping[str, nn.Module], inputs: Inputs, tree: Tree) -> dict[
     """
     reads = Reads(Regions(one.tensor for one in tree.found), tensors_in(inputs))
     try:
-        with _restored(tree), torch.random.fork_rng(), torch.no_grad(), reads:
+        devices = {one.tensor.device for one in tree.found if one.tensor.device.type == "cuda"}
+        with _restored(tree), torch.random.fork_rng(devices), torch.no_grad(), reads:
             for run in _runs(tops, inputs):
                 run()
     except Exception as error:

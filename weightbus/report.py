@@ -66,7 +66,7 @@ class Verdict:
         if self.exempt:
             words = sorted({word for word in self.exempt.values() if word in ("local", "derived")})
             head += f"; {_count(len(self.exempt), 'name')} not fed in full: {', '.join(words) or 'not traced'}"
-        return "\n  ".join([head, *map(str, self.mismatches), *_unproved(self.partial)])
+        return "\n  ".join([head, *map(str, self.mismatches), *unproved_lines(self.partial)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +137,7 @@ class Report:
             f"{_count(self.trainers, 'trainer rank')} to {_count(self.servers, 'server rank')}, {self.route}"
         )
         ends = "" if self.job else both_ends(self.processes)
-        return "\n  ".join([f"{head}; unnamed job: {ends}" if ends else head, *_unproved(self.partial)])
+        return "\n  ".join([f"{head}; unnamed job: {ends}" if ends else head, *unproved_lines(self.partial)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +162,7 @@ class Loaded:
             f"{self.word} load{label}: {_bytes(self.nbytes)} on this rank in {self.seconds:.3f} s, "
             f"{_count(self.servers, 'server rank')}"
         )
-        return "\n  ".join([head, *_unproved(self.partial)])
+        return "\n  ".join([head, *unproved_lines(self.partial)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +183,7 @@ class Saved:
         )
 
 
-def _unproved(partial: Mapping[str, str]) -> list[str]:
+def unproved_lines(partial: Mapping[str, str]) -> list[str]:
     """A line for each of the first names that are not proved, and how many more there are."""
     lines = [f"not proved: {name}: {why}" for name, why in list(partial.items())[:SHOWN]]
     left = len(partial) - SHOWN
