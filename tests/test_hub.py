@@ -412,7 +412,7 @@ def test_long_messages_come_in_pieces_from_members_only(stage, crowd):
 
 
 def test_pieces_without_end_are_refused(stage, crowd, monkeypatch):
-    monkeypatch.setattr(m, "MAX_MESSAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(hub, "MAX_IDLE_BYTES", 1 << 20)
     for _ in range(5):
         piece = m.Piece(peer=crowd.trainer.peer, blob=bytes(m.PIECE_BYTES), last=False)
         crowd.trainer.socket.send_multipart(wire.encode(piece))
@@ -420,7 +420,7 @@ def test_pieces_without_end_are_refused(stage, crowd, monkeypatch):
     while not stage.hub.counts["refused"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert sum(map(len, stage.hub._pieces.values())) <= m.PIECE_BYTES
+    assert stage.hub._pieces.nbytes <= m.PIECE_BYTES
 
 
 def test_hellos_and_peers_are_bounded(stage):
@@ -508,7 +508,8 @@ def test_pieces_of_anything_else_are_refused(stage):
 
 def test_requests_that_are_not_whole_share_one_room(stage, monkeypatch):
     monkeypatch.setattr(m, "MAX_PAYLOAD_BYTES", 5 * m.PIECE_BYTES)
-    monkeypatch.setattr("weightbus.hub.STALLED_S", 0.5)
+    monkeypatch.setattr("weightbus.unfinished.STALLED_S", 0.5)
+    monkeypatch.setattr(stage.hub._asked, "_together", 5 * m.PIECE_BYTES)
     slow, other = stage.connect(), stage.connect()
     for frames in in_pieces(stage.hub.token, 3 * m.PIECE_BYTES)[:3]:
         slow.send_multipart(frames)
@@ -516,7 +517,10 @@ def test_requests_that_are_not_whole_share_one_room(stage, monkeypatch):
     for frames in in_pieces(stage.hub.token, 3 * m.PIECE_BYTES):
         other.send_multipart(frames)
     assert other.poll(10_000)
-    assert "bytes in one request just now" in wire.decode_from_hub(other.recv_multipart()).reason
+    assert (
+        "bytes in all messages that are not whole just now"
+        in wire.decode_from_hub(other.recv_multipart()).reason
+    )
     time.sleep(1.0)  # the slow one has stopped coming
     third = stage.connect()
     for frames in in_pieces(stage.hub.token, 3 * m.PIECE_BYTES):

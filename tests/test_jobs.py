@@ -61,7 +61,8 @@ def test_the_ranks_that_count_are_of_one_start(steps):
         name = f"{launch}.{rank}"
         if what == "join" and name not in roster.peers:
             roster.admit(hello(launch, rank, tokens=True), name, 0.0)
-        elif what == "die" and roster.peers.pop(name, None):
+        elif what == "die" and name in roster.peers:
+            roster.remove(roster.peers[name])
             roster.review()
         counted = roster.trainers()
         launches = {peer.id.split(".")[0] for peer in counted.values()}
@@ -82,14 +83,14 @@ def test_a_new_start_waits_for_the_old_one_to_go(tokens):
     roster = Roster(dead_after_s=10.0)
     for rank in range(2):
         roster.admit(hello(0, rank, tokens=tokens), f"0.{rank}", 0.0)
-    del roster.peers["0.0"]
+    roster.remove(roster.peers["0.0"])
     roster.review()
     late = roster.admit(hello(1, 0, tokens=tokens), "1.0", 1.0)
     assert roster.is_early(late)
     assert (set(roster.trainers()), roster.incarnation) == ({1}, 1)
     taken = roster.admit(hello(1, 1, tokens=tokens), "1.1", 1.0)
     assert "trainer rank 1 is taken by trainer rank 1 (pid 2 on h, started 1970-01-01" in taken.reason
-    del roster.peers["0.1"]
+    roster.remove(roster.peers["0.1"])
     roster.review()
     assert not roster.is_early(late)
     assert (set(roster.trainers()), roster.incarnation) == ({0}, 2)
@@ -105,7 +106,7 @@ def test_a_process_that_comes_again_is_of_its_start():
     roster = Roster(dead_after_s=10.0)
     for rank in range(2):
         roster.admit(hello(0, rank, tokens=False), f"0.{rank}", 0.0)
-    del roster.peers["0.0"]
+    roster.remove(roster.peers["0.0"])
     roster.review()
     again = hello(0, 0, tokens=False)
     again.process = "another publisher of the same process"
@@ -125,7 +126,7 @@ def test_numbers_go_on_above_those_of_an_earlier_hub(first):
     ((name, other),) = coming.items()
     roster.admit(other, name, 0.0)
     assert roster.incarnation == 7
-    roster.peers.pop("trainer")
+    roster.remove(roster.peers["trainer"])
     roster.review()
     roster.admit(hello(1, 0, tokens=True), "1.0", 0.0)
     assert roster.incarnation == 8

@@ -72,7 +72,7 @@ LAYERS = {
         "overview",
         "door",
         "guard",
-        "local",
+        "unfinished",
         "hub",
         "start",
         "link",

@@ -50,7 +50,9 @@ class Room:
         return sent
 
     def drop(self, peer):
-        self.hub.lost(self.hub.roster.peers.pop(peer), "died", self.now)
+        gone = self.hub.roster.peers[peer]
+        self.hub.roster.remove(gone)
+        self.hub.lost(gone, "died", self.now)
 
     def wait(self, seconds):
         self.now += seconds

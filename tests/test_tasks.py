@@ -14,7 +14,7 @@ from weightbus.tasks import GRACE_S, MAX_WAITING
 class Desk(Room):
     """A room with a client, whose requests are numbered."""
 
-    def ask(self, task, *, frames=(), wait_s=3.0, run_s=5.0):
+    def ask(self, task, *, frames=(), wait_s=3.0, run_s=5.0, client=b"client"):
         payloads = [b"x" * frame.nbytes for frame in frames]
         request = m.AskTask(
             id=f"r{self.now}",
@@ -25,11 +25,11 @@ class Desk(Room):
             frames=list(frames),
             payloads=payloads,
         )
-        self.hub.tasks.ask(b"client", request, self.now)
+        self.hub.tasks.ask(client, request, self.now)
         self.hub.advance(self.now)
 
     def tell(self, kind, peer, **fields):
-        going = self.hub.tasks.going
+        going = self.hub.tasks.running[0] if self.hub.tasks.running else None
         message = kind(peer=peer, **fields)
         if going:
             message.stamp(going.header)
@@ -103,7 +103,7 @@ def started(desk, step):
     if step == "RUN":
         desk.tell(m.Ready, "s0")
         desk.tell(m.Ready, "s1")
-    assert desk.hub.tasks.going.step.name == step
+    assert desk.hub.tasks.running[0].step.name == step
     desk.heard()
 
 
@@ -127,7 +127,7 @@ def test_one_rank_ends_it_for_all_and_is_named(step, how):
     assert {o.moved for _, o in only(sent, m.Outcome)} == {step == "RUN"}
     if how != "dies":
         assert desk.info() == [(0, 2, "torn" if step == "RUN" else "empty", None)]
-    assert desk.hub.tasks.going is None
+    assert not desk.hub.tasks.running
 
 
 def test_an_update_of_some_modules_does_not_mend_the_others():
@@ -154,7 +154,7 @@ def test_a_payload_longer_than_a_rank_takes_is_refused(monkeypatch):
     desk = Desk(servers=2)
     desk.ask(LoadTask(), frames=frames(0, 1))
     assert "payloads: expected at most 2 bytes in each, got 3" in str(desk.end().failures[0])
-    assert desk.hub.tasks.going is None
+    assert not desk.hub.tasks.running
 
 
 def frames(*places):
@@ -190,9 +190,10 @@ def test_payloads_and_requests_are_bounded(monkeypatch):
     assert desk.end() is None
     desk.ask(LoadTask(), frames=frames(0))
     assert "got 4" in str(desk.end().failures[0])
-    for _ in range(MAX_WAITING - 1):
-        desk.ask(LoadTask(path="/m"))
-        assert desk.end() is None
+    for number in range(MAX_WAITING - 1):
+        desk.ask(LoadTask(path="/m"), client=b"client %d" % (number % 8))
+    assert desk.hub.tasks.waiting == MAX_WAITING
+    assert not desk.hub.tasks.replies
     desk.ask(LoadTask(path="/m"))
     assert f"expected at most {MAX_WAITING} requests to wait" in str(desk.end().failures[0])
 

@@ -1,16 +1,17 @@
 """The hub: the one address that all ranks and tools talk to. A process of its own, without torch.
 
-``python -m weightbus.hub --address tcp://127.0.0.1:5757``. It owns one ROUTER socket, and a Unix socket for
-ranks of its own host; it decodes what comes in, lets ``Coordinator`` decide, and sends. Nothing that arrives
-can end it, and no peer can make it wait: it never blocks on a send, and takes messages of all connections in
-turn.
+``python -m weightbus.hub --address tcp://127.0.0.1:5757``. It owns one ROUTER socket; it decodes what comes in,
+lets ``Coordinator`` decide, and sends. Nothing that arrives can end it, and no peer can make it wait: it never
+blocks on a send, and takes messages of all connections in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import secrets
 import signal
 import time
@@ -18,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import zmq
 
 from weightbus import asks as a
@@ -25,14 +27,14 @@ from weightbus import messages as m
 from weightbus import wire
 from weightbus.door import Door
 from weightbus.errors import HubError, ProtocolError
-from weightbus.guard import OVERHEAD_BYTES, Guard
-from weightbus.identity import ADDRESS_VARIABLE, address_of
+from weightbus.guard import OVERHEAD_BYTES, Connection, Guard
+from weightbus.identity import ADDRESS_VARIABLE, address_of, host_name, is_running
 from weightbus.jobs import Jobs, ServedJob
 from weightbus.keys import Keys, load_keys
-from weightbus.local import LocalServer
 from weightbus.overview import status_of
 from weightbus.protocol import Coordinator
-from weightbus.roster import Peer
+from weightbus.roster import MAX_PEERS, Peer
+from weightbus.unfinished import MAX_IDLE_BYTES, Unfinished, check_objects
 
 log = logging.getLogger("weightbus.hub")
 
@@ -51,8 +53,28 @@ MAX_UNREAD = 64
 # Refusals, hellos and requests that one connection gets answered in a second; more are only counted.
 MAX_ANSWERS_PER_S = 100
 
-# A client's request that carries tensors comes in pieces; one that stops coming is forgotten after so long.
-STALLED_S = 30.0
+# Bytes in the rendezvous of all jobs.
+MAX_STORED_BYTES = 512 << 20
+
+# Bytes of unfinished messages of all members.
+MAX_PIECES_BYTES = 1 << 30
+
+# A member whose connections have all been closed has died, unless it is back within so long.
+GONE_S = 2.0
+
+# What a client may have the hub wait for; and a rank.
+MAX_CLIENT_S = 3600.0
+MAX_RANK_S = 86400.0
+
+# A status of many ranks is made so often only.
+STATUS_S = 0.25
+MANY_PEERS = 256
+
+# Descriptors that a hub process takes, if it may: three for each rank, and some.
+MAX_DESCRIPTORS = 1 << 16
+
+# After a fault, so that one that comes again and again does not keep a core busy.
+FAULT_PAUSE_S = 0.01
 
 # Hellos whose welcome has not been answered yet; the oldest go first.
 MAX_HELLOS = 1024
@@ -115,7 +137,6 @@ class Hub:
         if self._door:
             self._door.protect(self._socket)
         self._guard = Guard(self._socket)
-        self._local = LocalServer(max_frames=2, max_bytes=m.MAX_FRAME_BYTES, max_unsent=MAX_UNREAD)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -123,9 +144,11 @@ class Hub:
             raise HubError(f"address: can't listen on {address}: {error}") from error
         self._identities: dict[str, bytes] = {}
         self._hellos: OrderedDict[bytes, tuple[str, m.Hello]] = OrderedDict()
-        self._pieces: dict[str, bytearray] = {}
-        # Requests of clients that are not whole yet, and when their last piece came.
-        self._asked: dict[bytes, tuple[bytearray, float]] = {}
+        self._pieces: Unfinished[str] = Unfinished(together=MAX_PIECES_BYTES)
+        self._asked: Unfinished[bytes] = Unfinished(together=m.MAX_PAYLOAD_BYTES)
+        # Members whose connections have all been closed, and since when.
+        self._closed: dict[str, float] = {}
+        self._statuses: dict[str, tuple[float, a.Status]] = {}
         self._slow: set[str] = set()
         self._answered: Counter[bytes] = Counter()
         self._logged = 0
@@ -133,6 +156,7 @@ class Hub:
         self._joined = False
         self._last_peer = 0.0
         self._stopping = False
+        self._next_tick = self._next_second = 0.0
         self._spin_until = 0.0
         self._handlers: dict[type[m.Message], Handler] = {
             m.Hello: self._hello,
@@ -161,60 +185,114 @@ class Hub:
         try:
             poller = zmq.Poller()
             poller.register(self._socket, zmq.POLLIN)
-            if self._local.name:
-                poller.register(self._local, zmq.POLLIN)
+            poller.register(self._guard.events, zmq.POLLIN)
             if self._door:
                 poller.register(self._door.socket, zmq.POLLIN)
-            next_tick = next_second = 0.0
             while not self._stopping and not self._deserted():
-                until = self._spin_until
-                if not self._receive_local():
-                    while not (int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN or self._receive_local()):
-                        if time.monotonic() >= until:
-                            poller.poll(50)
-                            break
-                if self._door:
-                    self._door.answer()
-                # Bounded, so that a flood does not keep the clock from ticking. The socket itself takes
-                # one message of each connection in turn, so that it does not keep others waiting.
-                for _ in range(200):
-                    try:
-                        frame = self._socket.recv(zmq.NOBLOCK, copy=False)
-                    except zmq.Again:
-                        break
-                    self._receive(frame)
-                now = time.monotonic()
-                if now >= next_tick:
-                    next_tick = now + 0.05
-                    self._tick(now)
-                if now >= next_second:
-                    next_second = now + 1.0
-                    self._answered.clear()
-                    self._logged = 0
-                    self.counts["cut"] += self._guard.cut()
+                self._contained(self._step, poller)
         finally:
             self._close()
 
+    def _contained(self, step: Callable[..., None], *arguments: Any) -> None:
+        """A fault of ours, wherever it is, must not end the hub for all the others."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            self._fault(error)
+            time.sleep(FAULT_PAUSE_S)
+
+    def _fault(self, error: Exception) -> None:
+        self.counts["errors"] += 1
+        self._logged += 1
+        if self._logged <= MAX_ANSWERS_PER_S:
+            log.error("a fault of the hub's own", exc_info=error)
+
+    def _step(self, poller: zmq.Poller) -> None:
+        """Wait for something to do, do it, and see to the clock."""
+        until = self._spin_until
+        while not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            if time.monotonic() >= until:
+                poller.poll(50)
+                break
+        if self._door:
+            self._contained(self._door.answer)
+        self._contained(self._watch)
+        # Bounded, so that a flood does not keep the clock from ticking. The socket itself takes
+        # one message of each connection in turn, so that it does not keep others waiting.
+        for _ in range(200):
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            self._receive(frame)
+        now = time.monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + 0.05
+            self._contained(self._tick, now)
+            if now >= self._next_second or self._guard.has_grown():
+                self._contained(self._cut, now)
+        if now >= self._next_second:
+            self._next_second = now + 1.0
+            self._contained(self._look_for_ended, now)
+            self._answered.clear()
+            self._logged = 0
+
     def _close(self) -> None:
         self._guard.close()
-        self._local.close_all()
         self._socket.close()
         if self._door:
             self._door.close()
         self._context.term()
 
+    def _watch(self) -> None:
+        """Connections that have come and gone."""
+        now = time.monotonic()
+        for connection in self._guard.look(now):
+            self._ended(connection, now)
+        self.counts["spared"] += self._guard.spare()
+
+    def _look_for_ended(self, now: float) -> None:
+        """Ranks of this host that have ended, and left their connections to a process that they had forked."""
+        for job in self.jobs:
+            quiet = [peer for peer in job.coordinator.roster.peers.values() if now - peer.heard > 2 * BEAT_S]
+            for peer in quiet[:MANY_PEERS]:
+                if _has_ended(peer):
+                    self._drop(job, peer, "died: its process has ended", now)
+
+    def _cut(self, now: float) -> None:
+        self.counts["cut"] += self._guard.cut(now)
+
+    def _ended(self, connection: Connection, now: float) -> None:
+        """A connection has been closed. What its client asked for is of no use to anyone any more."""
+        identity, peer = connection.identity, connection.peer
+        if peer and not self._guard.is_connected(peer):
+            self._closed.setdefault(peer, now)
+        if identity and not self._guard.is_here(identity):
+            self._hellos.pop(identity, None)
+            self._asked.forget(identity)
+            for job in self.jobs:
+                job.coordinator.requests.gone(identity)
+                job.coordinator.tasks.gone(identity, now)
+
     def _tick(self, now: float) -> None:
-        self._guard.look()
-        self._local.expire()
+        for peer, since in list(self._closed.items()):
+            member = self.jobs.of(peer)
+            if member is None or self._guard.is_connected(peer):
+                del self._closed[peer]
+            elif now - since > GONE_S or _has_ended(member[1]):
+                del self._closed[peer]
+                self._drop(*member, "died: its connection was closed", now)
+        self._asked.expire(now)
+        self._pieces.expire(now)
         for job in self.jobs:
-            for peer in job.coordinator.roster.silent(now):
-                self._drop(job, peer, f"died: not heard for {now - peer.heard:.1f} s", now)
-        for identity in [i for i, (_, came) in self._asked.items() if now - came > STALLED_S]:
-            del self._asked[identity]
-        for job in self.jobs:
-            job.coordinator.requests.expire(now)
-            job.coordinator.advance(now)
+            self._contained(self._tick_job, job, now)
         self._flush(now)
+
+    def _tick_job(self, job: ServedJob, now: float) -> None:
+        for peer in job.coordinator.roster.silent(now):
+            self._drop(job, peer, f"died: not heard for {now - peer.heard:.1f} s", now)
+        job.coordinator.requests.expire(now)
+        job.coordinator.advance(now)
 
     def _deserted(self) -> bool:
         now = time.monotonic()
@@ -227,27 +305,13 @@ class Hub:
 
     # -- what comes in -----------------------------------------------------------------------------
 
-    def _receive_local(self) -> bool:
-        """What ranks of this host have sent; whether there was anything. The end of such a rank is known by
-        that of its connection."""
-        found = False
-        for identity, frames in self._local.receive():
-            found = True
-            if frames is not None:
-                self._take(identity, frames)
-                if self._local.is_stranger(identity):
-                    self._local.close(identity)
-                continue
-            gone = next((peer for peer, its in self._identities.items() if its == identity), None)
-            if gone is not None and (member := self.jobs.of(gone)) is not None:
-                now = time.monotonic()
-                self._drop(*member, "died: its connection was closed", now)
-                self._flush(now)
-        return found
-
     def _receive(self, frame: zmq.Frame) -> None:
         """One message, of which ``frame`` is the first: the connection's identity."""
-        identity, number = frame.bytes, int(frame.get(zmq.SRCFD))
+        identity = frame.bytes
+        try:
+            number = int(frame.get(zmq.SRCFD))
+        except zmq.ZMQError:
+            number = -1  # ZMTP 1.0 or 2.0: what comes by these is read, and forgotten
         frames: list[bytes] = []
         nbytes = OVERHEAD_BYTES
         while frame.more:
@@ -256,38 +320,40 @@ class Hub:
             # No message has more than two: what is behind them is read, and forgotten.
             if len(frames) < 3:
                 frames.append(frame.bytes)
-        self._guard.taken[number] += nbytes
-        self._take(identity, frames)
-
-    def _take(self, identity: bytes, frames: list[bytes]) -> None:
-        now = time.monotonic()
         self.counts["messages"] += 1
+        if number < 0:
+            self.counts["refused"] += 1
+            return
+        now = time.monotonic()
+        try:
+            for connection in self._guard.took(number, identity, nbytes, now):
+                self._ended(connection, now)
+            self._take(identity, frames, now)
+            self._flush(now)
+        except Exception as error:
+            self._fault(error)
+
+    def _take(self, identity: bytes, frames: list[bytes], now: float) -> None:
         answer: m.Message | None
         job: ServedJob | None = None
         try:
             message = wire.decode_to_hub(frames)
             job = self.jobs.get(message.job)
             in_round = job is not None and job.coordinator.round is not None
-            if self._local.is_stranger(identity):
-                self._attach(identity, message)
-                answer = None
-            else:
-                answer = self._handlers[type(message)](identity, message, now)
+            answer = self._handlers[type(message)](identity, message, now)
             if (in_round or (job is not None and job.coordinator.round is not None)) and not isinstance(
                 message, ROUTINE
             ):
                 self._spin_until = now + HUB_SPIN_S
         except ProtocolError as error:
             answer = self._refused(identity, str(error))
-        except Exception as error:  # a fault of ours must not end the hub for all the others
-            self.counts["errors"] += 1
-            log.exception("a message could not be handled")
+        except Exception as error:
+            self._fault(error)
             answer = m.Refused(reason=f"{type(error).__name__} in the hub: {error}"[:1000])
         if answer is not None:
             if job is not None:
                 answer.job = job.name
-            self._send(identity, wire.encode(answer))
-        self._flush(now)
+            self._answer(identity, answer)
 
     def _refused(self, identity: bytes, reason: str, of: str = "") -> m.Refused | None:
         """Counted; said to the sender unless it has been told often enough."""
@@ -313,16 +379,18 @@ class Hub:
             return None
         roster = self.jobs.find(hello.job).coordinator.roster
         refused = roster.refusal(hello, now)
+        if refused is None and (self._guard.is_full() or self.jobs.peers >= MAX_PEERS):
+            refused = m.Refused(reason=f"expected at most {self.jobs.peers} ranks at this hub", silent_s=0.0)
         if refused is not None:
             refused.of, refused.job = "hello", hello.job
             self.counts["refused"] += 1
             return refused
-        known = next((peer.id for peer in roster.peers.values() if peer.process == hello.process), None)
-        token = known or secrets.token_hex(16)
+        known = roster.known(hello.process)
+        token = known.id if known else secrets.token_hex(16)
         self._hellos[identity] = token, hello
         if len(self._hellos) > MAX_HELLOS:
             self._hellos.popitem(last=False)
-        return m.Welcome(job=hello.job, peer=token, hub=self.token, beat_s=BEAT_S, local=self._local.name)
+        return m.Welcome(job=hello.job, peer=token, hub=self.token, beat_s=BEAT_S)
 
     def _beat(self, identity: bytes, beat: m.Beat, now: float) -> m.Message | None:
         waiting = self._hellos.get(identity)
@@ -333,8 +401,7 @@ class Hub:
             if isinstance(admitted, m.Refused):
                 admitted.of, admitted.job = "hello", beat.job
                 return admitted
-            if self._identities.get(beat.peer, b"") not in self._local:
-                self._identities[beat.peer] = identity
+            self._identities[beat.peer] = identity
             self._joined = True
             log.info("joined: %s", admitted)
             coordinator.joined(admitted, now)
@@ -342,6 +409,7 @@ class Hub:
         peer = job.coordinator.roster.peers.get(beat.peer) if job else None
         if job is None or peer is None:
             return self._unknown(identity, beat)
+        self._guard.heard(identity, beat.peer)
         peer.heard = now
         peer.state, peer.version = beat.state, beat.version
         self.counts["stale"] += max(0, beat.stale - peer.stale)
@@ -354,17 +422,6 @@ class Hub:
         of = job.coordinator.roster.peers.get(peer)
         alive.stamp(header._replace(incarnation=of.start.incarnation) if of and of.start else header)
         return alive
-
-    def _attach(self, identity: bytes, message: m.Message) -> None:
-        """The first message of a Unix socket: whose it is. Keys do not guard it, so nothing else is heard."""
-        former = self._identities.get(message.peer) if isinstance(message, m.Beat) else None
-        job = self.jobs.get(message.job)
-        if not isinstance(message, m.Beat) or job is None or former is None or former in self._local:
-            raise ProtocolError(f"local: expected a beat of a member first, got {type(message).__name__}")
-        self._identities[message.peer] = identity
-        self._local.admit(identity)
-        # The answer is the last message by the way so far: so none overtakes another.
-        self._send(former, wire.encode(self._alive(job, message.peer)))
 
     def _unknown(self, identity: bytes, message: Any) -> m.Alive | None:
         """Of a peer that is not in the message's job."""
@@ -381,23 +438,26 @@ class Hub:
         if job is None or peer is None or self._identities.get(message.peer) != identity:
             return self._unknown(identity, message)
         coordinator = job.coordinator
+        self._guard.heard(identity, message.peer)
         peer.heard = now
         match message:
             case m.Piece():
-                return self._piece(identity, message, now)
+                return self._piece(identity, job, message, now)
             case m.Leave():
                 self._leave(job, peer, message.role, now)
             case m.Enter() | m.Poll():
                 if (trainer := peer.trainer) is None:
                     raise ProtocolError(f"{type(message).__name__}: expected a trainer rank, got {peer}")
                 if isinstance(message, m.Enter):
+                    for name in ("join_s", "ready_s", "transfer_s"):
+                        setattr(message, name, min(getattr(message, name), MAX_RANK_S))
                     coordinator.enter(message, now)
                     return None
                 trainers = coordinator.roster.trainers()
                 size = (
                     trainer.size if trainers.get(trainer.rank) is peer and len(trainers) == trainer.size else 0
                 )
-                number, committed = message.number, coordinator.committed
+                number, committed = message.number, coordinator.floor
                 coordinator.requests.poll(identity, trainer.rank, number, size, committed)
             case _:
                 current = coordinator.is_current(message)
@@ -406,39 +466,32 @@ class Hub:
                     self.counts["late" if current else "stale"] += 1
         return None
 
-    def _piece(self, identity: bytes, piece: m.Piece, now: float) -> m.Message | None:
+    def _piece(self, identity: bytes, job: ServedJob, piece: m.Piece, now: float) -> m.Message | None:
         """Of a message that is longer than a frame; from a member, and one at a time."""
-        whole = self._pieces.setdefault(piece.peer, bytearray())
-        if len(whole) + len(piece.blob) > m.MAX_MESSAGE_BYTES:
-            del self._pieces[piece.peer]
-            raise ProtocolError(f"piece: expected at most {m.MAX_MESSAGE_BYTES} bytes in one message")
-        whole += piece.blob
-        if not piece.last:
+        each = m.MAX_MESSAGE_BYTES if job.coordinator.expects(piece.peer) else MAX_IDLE_BYTES
+        whole = self._pieces.add(piece.peer, piece.blob, last=piece.last, each=each, now=now)
+        if whole is None:
             return None
-        del self._pieces[piece.peer]
-        message = wire.decode_to_hub([wire.HEADER, bytes(whole)])
+        check_objects(whole)
+        message = wire.decode_to_hub([wire.HEADER, whole])
         if isinstance(message, m.Piece):
             raise ProtocolError("piece: expected a message in pieces, got a piece")
         return self._handlers[type(message)](identity, message, now)
 
     def _client_piece(self, identity: bytes, piece: m.Piece, now: float) -> m.Message | None:
         """Of a request that carries tensors. All that are not whole yet share the room of one."""
-        whole, _ = self._asked.pop(identity, (bytearray(), now))
-        room = m.MAX_PAYLOAD_BYTES - sum(len(other) for other, _ in self._asked.values())
-        if len(whole) + len(piece.blob) > room:
-            raise ProtocolError(f"piece: expected at most {room} bytes in one request just now")
-        whole += piece.blob
-        if not piece.last:
-            self._asked[identity] = whole, now
+        whole = self._asked.add(identity, piece.blob, last=piece.last, each=m.MAX_PAYLOAD_BYTES, now=now)
+        if whole is None:
             return None
-        message = wire.decode_to_hub([wire.HEADER, bytes(whole)])
+        check_objects(whole)
+        message = wire.decode_to_hub([wire.HEADER, whole])
         if not isinstance(message, m.AskTask):
             raise ProtocolError(f"piece: expected a request with tensors, got {type(message).__name__}")
         return self._ask_task(identity, message, now)
 
     def _leave(self, job: ServedJob, peer: Peer, role: str, now: float) -> None:
         if len(peer.roles) > 1 and role in peer.roles:
-            leaving = peer.roles.pop(role)
+            leaving = job.coordinator.roster.take_role(peer, role)
             gone = Peer(
                 id=peer.id, process=peer.process, host=peer.host, pid=peer.pid, started=peer.started, heard=now
             )
@@ -450,16 +503,20 @@ class Hub:
     def _drop(self, job: ServedJob, peer: Peer, reason: str, now: float) -> None:
         log.info("%s: %s", peer, reason)
         self.counts["dropped"] += reason != "left"
-        del job.coordinator.roster.peers[peer.id]
-        self._local.close(self._identities.pop(peer.id, b""))
-        self._pieces.pop(peer.id, None)
+        job.coordinator.roster.remove(peer)
+        self._identities.pop(peer.id, None)
+        self._pieces.forget(peer.id)
+        self._closed.pop(peer.id, None)
         job.coordinator.lost(peer, reason, now)
 
     def _store(self, identity: bytes, call: m.StoreCall, now: float) -> m.Message | None:
         job = self.jobs.get(call.job)
         if job is None or call.peer not in job.coordinator.roster.peers:
             return self._unknown(identity, call)
-        return job.rendezvous.call(call, job.coordinator.epoch)
+        self._guard.heard(identity, call.peer)
+        if isinstance(call, m.StoreSet) and self.jobs.stored + len(call.value) > MAX_STORED_BYTES:
+            raise ProtocolError(f"store: expected at most {MAX_STORED_BYTES} bytes of all jobs")
+        return job.rendezvous.call(call, job.coordinator.epoch, member=job.coordinator.is_in_group(call.peer))
 
     # -- requests from outside ---------------------------------------------------------------------
 
@@ -469,6 +526,7 @@ class Hub:
         if (refused := self._stranger(ask)) is not None:
             failure = m.Failure(rank="hub", tensor=None, reason=refused.reason.removeprefix("hub: "))
             return m.TaskEnd(id=ask.id, ok=False, verdict="failed", failures=[failure])
+        ask.wait_s, ask.run_s = min(ask.wait_s, MAX_CLIENT_S), min(ask.run_s, MAX_CLIENT_S)
         coordinator = self.jobs.find(ask.job).coordinator
         coordinator.tasks.ask(identity, ask, now)
         coordinator.advance(now)
@@ -483,18 +541,32 @@ class Hub:
     def _status(self, identity: bytes, ask: a.AskStatus, now: float) -> m.Message | None:
         if not self._has_turn(identity):
             return None
-        counts = dict(self.counts) | {"not_allowed": self._door.refused if self._door else 0}
-        up_s, jobs = now - self._started, self.jobs.here
-        return status_of(self.jobs.find(ask.job).coordinator, ask, self.token, up_s, counts, jobs, now)
+        made, status = self._statuses.get(ask.job, (0.0, None))
+        if status is None or now - made > STATUS_S or ask.past:
+            counts = dict(self.counts) | {"not_allowed": self._door.refused if self._door else 0}
+            up_s, jobs = now - self._started, self.jobs.here
+            coordinator = self.jobs.find(ask.job).coordinator
+            status = status_of(coordinator, ask, self.token, up_s, counts, jobs, now)
+            self._statuses.pop(ask.job, None)
+            if len(status.peers) > MANY_PEERS:
+                self._statuses[ask.job] = now, msgspec.structs.replace(status, past=[])
+        return msgspec.structs.replace(status, id=ask.id)
 
     def _request(self, identity: bytes, ask: a.AskUpdate | a.AskCheck | a.AskVersion, now: float) -> m.Message:
-        return self._stranger(ask) or self.jobs.find(ask.job).coordinator.requests.add(identity, ask, now)
+        if (refused := self._stranger(ask)) is not None:
+            return refused
+        coordinator = self.jobs.find(ask.job).coordinator
+        if isinstance(ask, a.AskVersion) and (reason := coordinator.unfit_version(ask.version)):
+            return a.Answer(id=ask.id, ok=False, verdict="failed", reason=reason)
+        ask.wait_s = min(ask.wait_s, MAX_CLIENT_S)
+        return coordinator.requests.add(identity, ask, now)
 
     def _pause(self, identity: bytes, ask: a.AskPause, now: float) -> m.Message:
         if (refused := self._stranger(ask)) is not None:
             return refused
-        self.jobs.find(ask.job).coordinator.paused_until = now + ask.for_s
-        return a.Answer(id=ask.id, ok=True, reason=f"updates are held back for {ask.for_s:.0f} s")
+        for_s = min(ask.for_s, MAX_CLIENT_S)
+        self.jobs.find(ask.job).coordinator.paused_until = now + for_s
+        return a.Answer(id=ask.id, ok=True, reason=f"updates are held back for {for_s:.0f} s")
 
     def _resume(self, identity: bytes, ask: a.AskResume, now: float) -> m.Message:
         if (refused := self._stranger(ask)) is not None:
@@ -539,25 +611,25 @@ class Hub:
             for peer, message in outbox:
                 if message is not last:
                     last, frames = message, _shared(wire.encode(message))
-                if peer in self._identities and not self._send(self._identities[peer], frames):
+                if peer in self._identities and not self._send(self._identities[peer], frames, member=True):
                     self._slow.add(peer)
-        if coordinator.requests.outbox:
-            answers, coordinator.requests.outbox = coordinator.requests.outbox, []
-            for client, answer in answers:
-                answer.job = coordinator.job
-                self._send(client, wire.encode(answer))
-        if coordinator.tasks.replies:
-            replies = coordinator.tasks.replies[:]
-            coordinator.tasks.replies.clear()
-            for client, reply in replies:
-                reply.job = coordinator.job
-                self._send(client, wire.encode(reply))
+        answers, coordinator.requests.outbox = coordinator.requests.outbox, []
+        for client, answer in [*answers, *coordinator.tasks.replies]:
+            answer.job = coordinator.job
+            self._answer(client, answer)
+        coordinator.tasks.replies.clear()
 
-    def _send(self, identity: bytes, frames: list[Any]) -> bool:
+    def _answer(self, identity: bytes, answer: m.Message) -> None:
+        self._send(identity, wire.encode(answer))
+
+    def _send(self, identity: bytes, frames: list[Any], *, member: bool = False) -> bool:
         """False if the connection has too much unread. One that is gone is left to its heartbeats."""
-        if identity in self._local:
-            buffers = [frame.buffer if isinstance(frame, zmq.Frame) else frame for frame in frames]
-            return self._local.send(identity, buffers)
+        nbytes = sum(len(frame) for frame in frames)
+        if not self._guard.has_room(identity, nbytes, member=member):
+            self.counts["unread"] += 1
+            if not member:
+                self._guard.shut_down(identity)
+            return False
         try:
             plain = all(isinstance(frame, bytes) for frame in frames)
             self._socket.send_multipart([identity, *frames], zmq.NOBLOCK, copy=plain)
@@ -566,7 +638,14 @@ class Hub:
             return False
         except zmq.ZMQError:
             self.counts["unsent"] += 1
+        else:
+            self._guard.gave(identity, nbytes)
         return True
+
+
+def _has_ended(peer: Peer) -> bool:
+    """Whether the process is one of this host, and runs no more."""
+    return peer.host == host_name() and peer.started > 0 and not is_running(peer.pid, peer.started)
 
 
 def _shared(frames: list[bytes]) -> list[Any]:
@@ -596,8 +675,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: hub.stop())
+    _take_descriptors()
     hub.serve()
     return 0
+
+
+def _take_descriptors() -> None:
+    """As many as this process may have: connections of strangers take some of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":

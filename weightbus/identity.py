@@ -48,6 +48,18 @@ def _started(pid: int) -> float:
     return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
+def is_running(pid: int, started: float) -> bool:
+    """Whether the process of this host that started then still runs; True where the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="latin-1") as stat:
+            state = stat.read().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return not os.path.exists("/proc/self/stat")
+    except (OSError, IndexError):
+        return True
+    return state not in "ZX" and abs(_started.__wrapped__(pid) - started) < 1.0
+
+
 def process_started() -> float:
     """When this process started, as Unix time; a process that was forked has its own."""
     return _started(os.getpid())

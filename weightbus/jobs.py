@@ -30,7 +30,7 @@ class ServedJob:
     def empty(self) -> bool:
         """Nobody is in it, and nobody waits for it."""
         coordinator = self.coordinator
-        waits = len(coordinator.requests) or coordinator.tasks.going or coordinator.tasks.waiting
+        waits = len(coordinator.requests) or coordinator.tasks.running or coordinator.tasks.waiting
         return not (coordinator.roster.peers or coordinator.round or waits)
 
 
@@ -84,6 +84,16 @@ class Jobs:
             if (found := job.coordinator.roster.peers.get(peer)) is not None:
                 return job, found
         return None
+
+    @property
+    def peers(self) -> int:
+        """How many ranks all of them have."""
+        return sum(len(job.coordinator.roster.peers) for job in self._jobs.values())
+
+    @property
+    def stored(self) -> int:
+        """Bytes in the rendezvous of all jobs."""
+        return sum(job.rendezvous.nbytes for job in self._jobs.values())
 
     @property
     def is_empty(self) -> bool:

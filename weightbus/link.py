@@ -1,4 +1,4 @@
-"""A rank's connections to the hub: for messages, by a Unix socket on the hub's own host; for heartbeats."""
+"""A rank's connections to the hub: for messages, for heartbeats, and for rendezvous."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import secrets
-import select
 import threading
 import time
 import uuid
@@ -15,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
-from weightbus import local, wire
 from weightbus import messages as m
+from weightbus import wire
 from weightbus.errors import HubError, ProtocolError
 from weightbus.hub import DEAD_AFTER_S
 from weightbus.identity import host_name, process_started
@@ -36,12 +36,8 @@ REPLACE_AFTER_S = 1.5
 # A hub that takes no further piece of a long message for so long is not there.
 PIECE_S = 10.0
 
-# What a rank waits for the next part of a message that has begun, even if it only looks.
-PART_S = 0.05
-
-# Of one message of the hub: an offer with all tensors of a request is the longest.
-MAX_FRAMES = 1 << 20
-MAX_BYTES = m.MAX_PAYLOAD_BYTES + m.MAX_MESSAGE_BYTES
+# A connection that the hub has closed, and that is not open again after so long, has no hub at its other end.
+CLOSED_S = 0.4
 
 # A rank tries for so long to find the hub again before a call fails with HubError.
 REJOIN_S = 60.0
@@ -56,11 +52,22 @@ class HubLost(HubError):
 
 
 class Connection:
-    """One DEALER socket to the hub. For one thread at a time."""
+    """One DEALER socket to the hub. For one thread at a time. watched: ``closed_s`` is asked for."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, keys: Keys, identity: bytes = b"") -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        address: str,
+        keys: Keys,
+        identity: bytes = b"",
+        *,
+        watched: bool = False,
+    ) -> None:
         self.address = address
         self._socket = context.socket(zmq.DEALER)
+        self._closed: float | None = None
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        self._events = self._socket.get_monitor_socket(events) if watched else None
         for option, value in (
             (zmq.LINGER, 500),
             (zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES),
@@ -99,7 +106,20 @@ class Connection:
             return None
         return wire.decode_from_hub(self._socket.recv_multipart())
 
+    def closed_s(self) -> float:
+        """For how long the hub has had the connection closed; 0 while it is open, or not yet open."""
+        while self._events is not None and self._events.poll(0):
+            event = parse_monitor_message(self._events.recv_multipart())
+            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._closed = None
+            elif self._closed is None:
+                self._closed = time.monotonic()
+        return 0.0 if self._closed is None else time.monotonic() - self._closed
+
     def close(self) -> None:
+        if self._events is not None:
+            self._socket.disable_monitor()
+            self._events.close(linger=0)
         self._socket.close()
 
 
@@ -128,14 +148,12 @@ class Link:
         self.context: zmq.Context[Any] = zmq.Context()
         # Its own name for the connection: the hub knows it again when the network has cut it.
         self._connection = Connection(self.context, address, self.keys, secrets.token_bytes(16))
-        # The other way to the hub, and all messages take it where there is one.
-        self._local: local.LocalSocket | None = None
         self._held, self._state = held, state
         self._hellos: dict[str, m.Hello] = {}
         self._inbox: deque[wire.FromHub] = deque()
         self._hub = ""
         self._heard = time.monotonic()
-        self._ended = 0.0  # when the Unix socket was last found closed
+        self._ended = 0.0  # when the hub was last found to have closed the connection
         self._lost = ""
         self._start_hub_dead_after_s: float | None = None
         self._stop = threading.Event()
@@ -208,7 +226,6 @@ class Link:
                 return False
             time.sleep(0.02)
         self._inbox.clear()
-        self._close_local()
         for hello in self._hellos.values():
             hello.held = self._held()
             if self._take(hello, max(deadline, time.monotonic() + 1.0), None) is None:
@@ -239,7 +256,6 @@ class Link:
                 if isinstance(answer, m.Alive) and answer.known:
                     self.peer, self._hub = welcome.peer, welcome.hub
                     self.rounds.joined(answer.header)
-                    self._connect_local(welcome.local)
                     return welcome.beat_s
             now = time.monotonic()
             if not isinstance(answer, m.Refused):
@@ -270,41 +286,12 @@ class Link:
             if answer is not None and not isinstance(answer, m.Welcome | m.Alive | m.Refused):
                 self._inbox.append(answer)
 
-    def _connect_local(self, name: str) -> None:
-        """Talk to the hub through its Unix socket from now on, if it can be reached."""
-        if self._local is not None or not name:
-            return
-        self._local = local.connect(name, max_frames=MAX_FRAMES, max_bytes=MAX_BYTES)
-        if self._local is not None:
-            state, version = self._state()
-            self.send(m.Beat(peer=self.peer, state=state, version=version))
-            # The hub's last message by the way so far.
-            if not isinstance(self._await_answer(time.monotonic() + HELLO_AGAIN_S, self.peer), m.Alive):
-                self._close_local()
-
-    def _close_local(self) -> None:
-        link, self._local = self._local, None
-        if link is not None:
-            link.close()
-
     # -- messages ----------------------------------------------------------------------------------
 
     def send(self, message: m.Message) -> None:
         """As a message of the round that this rank is in."""
         message.stamp(self.rounds.header)
-        if self._local is None:
-            self._connection.send(message, self.peer)
-            return
-        try:
-            for frames in wire.encode_to_hub(message, self.peer):
-                self._local.send(frames)
-                deadline = time.monotonic() + PIECE_S
-                while not self._local.flush():
-                    self._local.wait(1.0, select.POLLOUT)
-                    if time.monotonic() > deadline:
-                        raise NotSent(f"could not send {type(message).__name__} to {self.address}")
-        except OSError as error:
-            self._has_ended(error)
+        self._connection.send(message, self.peer)
 
     def receive(self, timeout_s: float, *, spin_s: float = 0.0) -> wire.FromHub | None:
         """The next message, or None after ``timeout_s``. Raises HubLost until ``rejoin`` succeeds."""
@@ -343,33 +330,7 @@ class Link:
         self._lost = self._lost or reason
 
     def _next(self, timeout_s: float, spin_s: float) -> wire.FromHub | None:
-        """One message, by whichever way it comes."""
-        if self._inbox:
-            return self._inbox.popleft()
-        if self._local is None:
-            return self._connection.receive(timeout_s, spin_s=spin_s)
-        until = time.monotonic() + min(spin_s, timeout_s)
-        while not self._look() and time.monotonic() < until:
-            pass
-        if not self._inbox and timeout_s:
-            self._local.wait(timeout_s)
-            self._look()
-        return self._inbox.popleft() if self._inbox else self._connection.receive(0)
-
-    def _look(self) -> bool:
-        """Take what has come by the Unix socket; whether there is anything to do."""
-        assert self._local is not None
-        try:
-            self._inbox += map(wire.decode_from_hub, self._local.receive())
-            while not self._inbox and self._local.has_begun and self._local.wait(PART_S):
-                self._inbox += map(wire.decode_from_hub, self._local.receive())
-        except OSError as error:
-            self._has_ended(error)
-        return bool(self._inbox or self._lost)
-
-    def _has_ended(self, error: OSError) -> None:
-        self._ended = time.monotonic()
-        self._lost = self._lost or f"the hub at {self.address} has closed the connection: {error}"
+        return self._inbox.popleft() if self._inbox else self._connection.receive(timeout_s, spin_s=spin_s)
 
     def push_back(self, message: wire.FromHub) -> None:
         """The next ``receive`` returns ``message``."""
@@ -394,7 +355,6 @@ class Link:
         self._stop.set()
         if self._beats is not None:
             self._beats.join()
-        self._close_local()
         self._connection.close()
         self.context.term()
 
@@ -402,7 +362,7 @@ class Link:
 
     def _beat(self, beat_s: float) -> None:
         """Heartbeats, from a thread: a rank that is busy is not dead."""
-        connection = self.connect()
+        connection = Connection(self.context, self.address, self.keys, watched=True)
         try:
             while not self._stop.is_set():
                 try:
@@ -427,6 +387,9 @@ class Link:
                 what = "has dropped this rank" if answer.hub == self._hub else "is a new one"
                 self._lost = self._lost or f"the hub at {self.address} {what}"
             return
+        if connection.closed_s() > CLOSED_S:
+            self._ended = now
+            self._lost = self._lost or f"the hub at {self.address} has closed the connection"
         self._is_lost("")
         replaces = self._start_hub_dead_after_s is not None and "trainer" in self._hellos
         if now - self._heard > REPLACE_AFTER_S and replaces:

@@ -117,8 +117,10 @@ class Loopback:
         return True
 
     def leave(self, role: m.Role) -> None:
-        for peer in self._coordinator.roster.peers.values():
-            peer.roles.pop(role, None)
+        roster = self._coordinator.roster
+        for peer in roster.peers.values():
+            if role in peer.roles:
+                roster.take_role(peer, role)
 
     def close(self) -> None:
         self._inbox.clear()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
@@ -194,13 +195,12 @@ class Hello(Message, tag="hello"):
 
 
 class Welcome(Message, tag="welcome"):
-    """``peer``: drawn by the hub at random; every later message of this rank carries it. local: the name of
-    the hub's Unix socket for ranks of its host; empty if there is none."""
+    """``peer``: drawn by the hub at random, and told to nobody else; every later message of this rank carries
+    it."""
 
     peer: Token
     hub: Token
     beat_s: Seconds
-    local: Token = ""
 
 
 class Refused(Message, tag="refused"):
@@ -299,7 +299,7 @@ class ServerId(Record, order=True):
 class Member(Record):
     """One process of the group; its place in the list of members is its group rank.
 
-    started: as Unix time.
+    peer: on the wire, its ``member_id``. started: as Unix time.
     """
 
     peer: Token
@@ -312,6 +312,16 @@ class Member(Record):
     def __str__(self) -> str:
         roles = [f"trainer rank {self.trainer}"] if self.trainer is not None else []
         return " and ".join(roles + ([str(self.server)] if self.server else []))
+
+
+def member_id(peer: str) -> str:
+    """By which others know a member. What it says bears ``peer``, which nobody else is told."""
+    return hashlib.blake2b(peer.encode(), digest_size=16).hexdigest()
+
+
+def public(members: list[Member]) -> list[Member]:
+    """Members as they are told of each other."""
+    return [msgspec.structs.replace(member, peer=member_id(member.peer)) for member in members]
 
 
 class Offer(Message, tag="offer"):
@@ -634,6 +644,11 @@ class Frame(Record):
     nbytes: Count
 
 
+# Tensors of one request: one payload for each rank and module.
+MAX_PAYLOADS = 1 << 16
+Frames = Annotated[list[Frame], Meta(max_length=MAX_PAYLOADS)]
+
+
 class LoadTask(Record, tag="load", tag_field="kind"):
     """The server ranks of a replica take tensors from a directory that each can read, or from frames.
 
@@ -683,8 +698,8 @@ class AskTask(Message, tag="ask_task"):
     task: Task
     wait_s: Seconds
     run_s: Seconds
-    frames: list[Frame] = []
-    payloads: list[bytes] = []
+    frames: Frames = []
+    payloads: Annotated[list[bytes], Meta(max_length=MAX_PAYLOADS)] = []
 
 
 class TaskOffer(Message, tag="task_offer"):

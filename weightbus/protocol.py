@@ -35,9 +35,9 @@ import msgspec
 from weightbus import messages as m
 from weightbus.asks import Past
 from weightbus.judge import Inquiry, compare_folds, compare_held, name_held
-from weightbus.rebuild import Rebuilt, past_of
+from weightbus.rebuild import Rebuilt, last_epoch, last_version, past_of
 from weightbus.requests import Requests
-from weightbus.roster import Peer, Roster
+from weightbus.roster import LISTED, Peer, Roster
 from weightbus.spec import fingerprint
 from weightbus.tasks import Tasks
 
@@ -48,6 +48,12 @@ GRACE_S = 1.0
 
 # Looking into wrong tensors ends after this time, with what has been found out.
 INQUIRY_S = 20.0
+
+# Of one round so many are noted, whoever says them how often.
+MAX_FAILURES = 1000
+
+# A label may lie so far above the last committed version: one that leaves no room would end all updates.
+MAX_LEAP = 1 << 40
 
 # How many rounds that have ended are remembered.
 PAST_ROUNDS = 16
@@ -120,18 +126,20 @@ class Coordinator:
         # Another hub's rounds, of which messages may still be under way, had other numbers.
         self._updates = secrets.randbits(40)
         self._group: tuple[str, ...] = ()
+        self._members: frozenset[str] = frozenset()
         self._group_token = ""
         self._introduced = False
         self._broken = False
         self._planned: set[str] = set()
         self.committed = -1
+        self._versions_of = 0  # incarnation
         self.paused_until = 0.0
         self.requests = Requests()
         self.tasks = Tasks(self.roster, self.outbox, self._number, self.header)
         self._past: deque[tuple[Round, m.Outcome, float]] = deque(maxlen=PAST_ROUNDS)
         self._rebuilt = Rebuilt()
         self._now = 0.0
-        self._early: list[tuple[float, m.Enter]] = []
+        self._early: dict[str, tuple[float, m.Enter]] = {}
         self._steps: dict[Phase, Callable[[Round, float], None]] = {
             Phase.ENTER: self._offer,
             Phase.SOURCES: self._relay_sources,
@@ -148,8 +156,8 @@ class Coordinator:
 
     def joined(self, peer: Peer, now: float) -> None:
         """A peer has come, perhaps from an earlier hub: what it knows of before is taken over."""
-        if peer.held is not None and peer.held.version is not None:
-            self.committed = max(self.committed, peer.held.version)
+        if peer.held is not None and not self.roster.is_early(peer):
+            self._believe(last_version(self.roster, peer))
         self.outbox += self._rebuilt.joined(peer, self.roster, self.job)
         self.advance(now)
 
@@ -157,7 +165,8 @@ class Coordinator:
         """A trainer rank calls ``update`` or ``check``: the first one opens the round."""
         peer = self.roster.peers[message.peer]
         if self.roster.is_early(peer):
-            self._early.append((now + self.roster.dead_after_s, message))
+            deadline, _ = self._early.get(peer.id, (now + self.roster.dead_after_s, message))
+            self._early[peer.id] = deadline, message
             return
         if self.round is None:
             deadline = now + message.join_s
@@ -173,16 +182,42 @@ class Coordinator:
             self._note(round, str(peer), message.refusal, now)
         elif difference := _differs(round.enter, message):
             self._note(round, str(peer), f"{difference} as on the first rank that called", now)
-        if message.kind == "update" and message.version <= self.committed:
-            reason = f"version {message.version}: expected one above {self.committed}, the last committed"
+        if message.kind == "update" and message.version <= self.floor:
+            reason = f"version {message.version}: expected one above {self.floor}, the last committed"
             self._note(round, str(peer), reason, now)
         round.answers[message.peer] = message
         self.advance(now)
 
+    @property
+    def floor(self) -> int:
+        """The last version of the start of the trainer that counts; another one's bind it to nothing."""
+        return self.committed if self._versions_of == self.roster.incarnation else -1
+
+    def _believe(self, version: int) -> None:
+        if version > self.floor:
+            self.committed, self._versions_of = version, self.roster.incarnation
+
     def is_current(self, message: m.Message) -> bool:
         """Whether it is of the round or the task that is going on."""
-        going = (self.round, self.tasks.going)
-        return any(message.header == one.header for one in going if one is not None)
+        headers = [going.header for going in self.tasks.running]
+        if self.round is not None:
+            headers.append(self.round.header)
+        return message.header in headers
+
+    def is_in_group(self, peer: str) -> bool:
+        """Whether it is a member of this epoch."""
+        return peer in self._members
+
+    def expects(self, peer: str) -> bool:
+        """Whether the round or a task waits for an answer of this peer's."""
+        round = self.round
+        in_round = round is not None and peer in round.expected and peer not in round.answers
+        return in_round or any(going.member(peer) for going in self.tasks.running)
+
+    def unfit_version(self, version: int) -> str:
+        """Why the live weights can't be labelled so; empty if they can."""
+        limit = max(self.floor, 0) + MAX_LEAP
+        return f"version: expected at most {limit}, got {version}" if version > limit else ""
 
     def answer(
         self, message: m.Facts | m.Ready | m.Refuse | m.Done | m.Sums | m.Clues | m.Probed, now: float
@@ -208,11 +243,9 @@ class Coordinator:
 
     def _gives_up(self, refuse: m.Refuse, now: float) -> bool:
         """A rank follows the round no more, in whichever phase, or before it has heard the offer."""
-        for deadline, enter in self._early:
-            if enter.peer == refuse.peer and not refuse.update:
-                self._early.remove((deadline, enter))
-                self._refuse_enter(enter, refuse.reason)
-                return True
+        if not refuse.update and (early := self._early.pop(refuse.peer, None)):
+            self._refuse_enter(early[1], refuse.reason)
+            return True
         round = self.round
         if round is None:
             return False
@@ -232,6 +265,7 @@ class Coordinator:
     def lost(self, peer: Peer, reason: str, now: float) -> None:
         """A peer left or died; it is no longer in the roster."""
         self.roster.review()
+        self._rebuilt.left(peer)
         self.tasks.lost(peer, reason, now)
         round = self.round
         if round is not None and peer.id in (round.members or round.answers):
@@ -240,7 +274,7 @@ class Coordinator:
             self._note(round, str(peer), reason, now)
         if peer.trainer:
             self.requests.forget_polls()
-        if not any(p.trainer for p in self.roster.peers.values()) and peer.trainer:
+        if peer.trainer and not self.roster.has_trainers:
             self._send(self.roster.peers, m.Farewell(), self.header())
         self.advance(now)
 
@@ -264,12 +298,27 @@ class Coordinator:
 
     def _advance_tasks(self, now: float) -> None:
         try:
-            self.tasks.advance(now, free=self.round is None or self.round.phase is Phase.ENTER)
+            self.tasks.advance(now, free=self._is_free(now))
         except Exception as error:
             log.exception("a task can't go on")
             self.tasks.break_off(f"{type(error).__name__} in the hub: {error}"[:1000], now)
 
+    def _is_free(self, now: float) -> bool:
+        """Whether a task may start: no update is going on, or waits for nothing but tasks."""
+        round = self.round
+        if round is None:
+            return True
+        return round.phase is Phase.ENTER and (self._is_paused(round, now) or not self._can_start(round))
+
+    def _can_start(self, round: Round) -> bool:
+        return self.roster.can_start(round.answers, round.enter.min_replicas)
+
+    def _is_paused(self, round: Round, now: float) -> bool:
+        return now < self.paused_until and round.enter.kind == "update"
+
     def _advance(self, round: Round, now: float) -> None:
+        if round.phase is Phase.ENTER and now < round.deadline and not self._can_start(round):
+            return
         if round.phase is not Phase.ENTER and len(round.answers) < len(round.expected) and now < round.deadline:
             return
         missing = self.missing(now)
@@ -290,17 +339,20 @@ class Coordinator:
     def _admit_early(self, now: float) -> None:
         """Calls of ranks whose start has taken over; those of others are refused once it is clear that an older
         start goes on: a rank of it that has died has been dropped by then."""
-        early, self._early = self._early, []
-        for deadline, enter in early:
+        if not self._early:
+            return
+        early, self._early = self._early, {}
+        for deadline, enter in early.values():
             peer = self.roster.peers.get(enter.peer)
             if peer is None:
                 continue
             if not self.roster.is_early(peer):
                 self.enter(enter, now)
             elif now < deadline:
-                self._early.append((deadline, enter))
+                self._early[enter.peer] = deadline, enter
             else:
-                others = ", ".join(str(other) for _, other in sorted(self.roster.trainers().items()))
+                some = sorted(self.roster.trainers().items())[:LISTED]
+                others = ", ".join(str(other) for _, other in some)
                 self._refuse_enter(
                     enter,
                     f"it is of another start of the job than {others}, which goes on; expected those processes"
@@ -316,9 +368,9 @@ class Coordinator:
             waiting = [peer for peer in round.members if peer in round.expected - round.answers.keys()]
             return [f"{round.members[peer]}: no answer in phase {round.phase.name}" for peer in waiting]
         missing = self.roster.missing(round.answers, round.enter.min_replicas)
-        if now < self.paused_until and round.enter.kind == "update":
+        if self._is_paused(round, now):
             missing.append(f"updates: paused by a request, for {self.paused_until - now:.0f} s more")
-        if self.tasks.going is not None:
+        if self.tasks.running:
             missing.append("all ranks: a load, save or probe is still going on")
         return missing
 
@@ -335,11 +387,12 @@ class Coordinator:
         if group != self._group or self._broken:
             kept = self._rebuilt.group(peers) if not self._group else None
             self.epoch, self._group_token, self._planned = kept or (
-                max(self.epoch, self._rebuilt.epoch) + 1,
+                max(self.epoch, last_epoch(peers)) + 1,
                 secrets.token_hex(8),
                 set(),
             )
             self._group, self._broken, self._introduced = group, False, False
+            self._members = frozenset(group)
         round.header = self.header(round.update)
         round.calls = set(round.answers)
         facts = [answer.facts for p in group if isinstance(answer := round.answers.get(p), m.Enter)]
@@ -361,7 +414,8 @@ class Coordinator:
         round.members = {member.peer: member for member in round.offer.members}
         # A member that was told of the others in this epoch, or has a plan with them, knows them.
         known = self._introduced
-        self._send(group, msgspec.structs.replace(round.offer, members=[]) if known else round.offer)
+        members = [] if known else m.public(round.offer.members)
+        self._send(group, msgspec.structs.replace(round.offer, members=members))
         self._introduced = True
         if enter.kind != "update":
             self._next(round, Phase.RUN, group, now + enter.ready_s + enter.transfer_s)
@@ -420,6 +474,7 @@ class Coordinator:
         else:
             self._planned.add(round.offer.plan)
             round.seed = secrets.token_bytes(32)
+            self._rebuilt.drawn(round.seed)
             self._send(round.members, m.Go(seed=round.seed))
             self._next(round, Phase.RUN, round.members, now + round.enter.transfer_s)
 
@@ -521,7 +576,7 @@ class Coordinator:
         # The ranks abort their group after such an update: it takes a new epoch to make another.
         self._broken |= moved and not ok
         if ok and round.enter.kind != "check":
-            self.committed = round.enter.version
+            self.committed, self._versions_of = round.enter.version, self.roster.incarnation
         servers = [member.server for member in round.members.values() if member.server]
         outcome = m.Outcome(
             ok=ok,
@@ -565,7 +620,8 @@ class Coordinator:
         self._send([message.peer], outcome, self.header())
 
     def _note(self, round: Round, rank: str, reason: str, now: float) -> None:
-        round.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
+        if len(round.failures) < MAX_FAILURES:
+            round.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
         round.deadline = min(round.deadline, now + GRACE_S)
 
     def _number(self) -> int:

@@ -118,8 +118,8 @@ class Publisher:
         keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
         self._session = Session.open("trainer", address, job, device, num_buckets, keys, reconnect_timeout_s)
         try:
-            self._session.link.join(
-                role="trainer",
+            self._session.join(
+                "trainer",
                 rank=self.rank,
                 size=self.size,
                 replica=0,

@@ -7,7 +7,7 @@ A hub keeps nothing on disk. All that counts is known to the ranks, who bring it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,12 +25,25 @@ MAX_OUTCOMES = 16
 Group = tuple[int, str, set[str]]
 
 
+# What a rank says of an earlier hub's numbers is believed below this: there is room above.
+MAX_HELD_NUMBER = 1 << 60
+MAX_HELD_VERSION = 1 << 61
+
+
 class Rebuilt:
-    """epoch: the highest that any rank has been in; a new group's is above it."""
+    """What ranks have brought. All of it is forgotten with the rank that brought it, but for outcomes."""
 
     def __init__(self) -> None:
-        self.epoch = 0
         self._outcomes: OrderedDict[bytes, m.Outcome] = OrderedDict()
+        self._drawn: OrderedDict[bytes, None] = OrderedDict()
+        self._waiting: dict[bytes, dict[str, Peer]] = {}
+        self._sealed: dict[bytes, dict[str, Peer]] = {}
+
+    def drawn(self, seed: bytes) -> None:
+        """A seed of this hub's own: of its update no rank tells it anything."""
+        self._drawn[seed] = None
+        if len(self._drawn) > MAX_OUTCOMES:
+            self._drawn.popitem(last=False)
 
     def ended(self, seed: bytes | None, outcome: m.Outcome) -> None:
         """An update that had begun to move bytes has ended."""
@@ -39,20 +52,34 @@ class Rebuilt:
             if len(self._outcomes) > MAX_OUTCOMES:
                 self._outcomes.popitem(last=False)
 
+    def left(self, peer: Peer) -> None:
+        if (held := peer.held) is None:
+            return
+        for index, seed in ((self._waiting, held.unheard), (self._sealed, held.sealed)):
+            if seed is not None and seed in index:
+                index[seed].pop(peer.id, None)
+                if not index[seed]:
+                    del index[seed]
+
     def joined(self, peer: Peer, roster: Roster, job: str) -> list[tuple[str, m.Message]]:
         """Outcomes that can be told now to ranks that have not heard them."""
         if (held := peer.held) is None:
             return []
-        self.epoch = max(self.epoch, held.epoch)
+        for index, said in ((self._waiting, held.unheard), (self._sealed, held.sealed)):
+            if said is not None:
+                index.setdefault(said, {})[peer.id] = peer
         told: list[tuple[str, m.Message]] = []
         for seed in {held.unheard, held.sealed} - {None}:
             assert seed is not None
-            waiting = [p for p in roster.peers.values() if p.held and p.held.unheard == seed]
+            waiting = list(self._waiting.get(seed, {}).values())
+            if not waiting:
+                continue
             outcome = self._outcomes.get(seed) or self._found(seed, waiting, roster)
             if outcome is not None:
                 self.ended(seed, outcome)
                 for other in waiting:
                     assert other.held is not None
+                    del self._waiting[seed][other.id]
                     other.held.unheard = None
                     mine = msgspec.structs.replace(outcome)
                     # Of the round in which it waits, whoever has the hub's part in that now.
@@ -61,13 +88,16 @@ class Rebuilt:
         return told
 
     def _found(self, seed: bytes, waiting: Sequence[Peer], roster: Roster) -> m.Outcome | None:
-        """How an update of an earlier hub ended: committed, if any rank has heard that it was."""
+        """How an update of an earlier hub ended: committed, if any rank of its group has heard that it was."""
+        if seed in self._drawn:
+            return None
         peers = roster.peers.values()
-        sealed = next((p.held for p in peers if p.held and p.held.sealed == seed), None)
-        if sealed is None:
-            held = waiting[0].held if waiting else None
-            if held is None or len(waiting) < held.members:
-                return None
+        held = waiting[0].held
+        assert held is not None
+        others = [peer.held for peer in self._sealed.get(seed, {}).values() if peer.held]
+        sealed = next((other for other in others if _is_of(other, held)), None)
+        if sealed is None and len([peer for peer in waiting if _is_of(peer.held, held)]) < held.members:
+            return None
         reason = "it was lost before it had told any rank of a decision"
         return m.Outcome(
             ok=sealed is not None,
@@ -82,7 +112,7 @@ class Rebuilt:
     def group(self, peers: Sequence[Peer]) -> Group | None:
         """Epoch, token and plans of a group that has outlived its hub: all of it is here, in its order."""
         first = peers[0].held
-        if first is None or not first.group or first.epoch < self.epoch or first.members != len(peers):
+        if first is None or not first.group or first.members != len(peers) or first.epoch != last_epoch(peers):
             return None
         plans = set(first.plans)
         for place, peer in enumerate(peers):
@@ -91,6 +121,32 @@ class Rebuilt:
                 return None
             plans &= set(held.plans)
         return first.epoch, first.group, plans
+
+
+def _is_of(one: m.Held | None, other: m.Held) -> bool:
+    """Whether both name the same group, which only its members can, and a place in it."""
+    if one is None or not one.group or one.place >= one.members:
+        return False
+    return (one.group, one.epoch, one.members) == (other.group, other.epoch, other.members)
+
+
+def last_epoch(peers: Iterable[Peer]) -> int:
+    """The highest epoch that any of these has been in; a new group's is above it."""
+    epochs = [peer.held.epoch for peer in peers if peer.held]
+    return max([epoch for epoch in epochs if epoch < MAX_HELD_NUMBER], default=0)
+
+
+def last_version(roster: Roster, peer: Peer) -> int:
+    """The last version that ``peer``, who has come, lets the hub know of; -1 if of none. What the trainer's
+    ranks say is believed, and what servers say that are of a group with one of them."""
+    trainers = [one.held for one in roster.trainers().values() if one.held]
+    groups = {held.group for held in trainers if held.group}
+    asked = roster.peers.values() if peer.trainer and groups else [peer]
+    believed = [one.held for one in asked if one.held and one.held.group in groups]
+    if peer.trainer and peer.held:
+        believed.append(peer.held)
+    versions = [held.version for held in believed if held.version is not None]
+    return max([version for version in versions if version < MAX_HELD_VERSION], default=-1)
 
 
 def past_of(round: Round, outcome: m.Outcome, began: float) -> Past:

@@ -8,6 +8,9 @@ from weightbus.errors import ProtocolError
 MAX_STORE_KEYS = 100_000
 MAX_STORE_BYTES = 256 << 20
 
+# Of these, what ranks may set that are of no group yet.
+MAX_STRANGE_BYTES = 16 << 20
+
 
 class Rendezvous:
     """The process group's store. Keys of an older epoch are of no use to anyone, and go."""
@@ -16,13 +19,26 @@ class Rendezvous:
         self._keys: dict[str, bytes] = {}
         self._nbytes = 0
         self._epoch = 0
+        self._strange = 0
 
-    def call(self, message: m.StoreCall, epoch: int) -> m.StoreValue:
-        """The answer to one call. Raises ProtocolError if there are too many keys, or bytes in them."""
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def call(self, message: m.StoreCall, epoch: int, *, member: bool = True) -> m.StoreValue:
+        """The answer to one call. member: of the group whose epoch it is. Raises ProtocolError if there are too
+        many keys, or bytes in them."""
         if self._epoch != epoch:
             self._epoch = epoch
             self._keys = {key: value for key, value in self._keys.items() if key.startswith(f"{epoch}/")}
             self._nbytes = sum(len(key) + len(value) for key, value in self._keys.items())
+            self._strange = 0
+        if not member and isinstance(message, m.StoreSet | m.StoreAdd):
+            self._strange += len(message.key) + (len(message.value) if isinstance(message, m.StoreSet) else 20)
+            if self._strange > MAX_STRANGE_BYTES:
+                raise ProtocolError(
+                    f"store: expected at most {MAX_STRANGE_BYTES} bytes of ranks without a group"
+                )
         call = message.call
         match message:
             case m.StoreGet():

@@ -15,6 +15,7 @@ from weightbus import messages as m
 Request = a.AskUpdate | a.AskCheck | a.AskVersion
 
 MAX_REQUESTS = 64
+MAX_OF_ONE = 16
 
 # Answers to polls that are kept for the ranks that come to them later.
 MAX_POLLS = 4
@@ -38,7 +39,7 @@ class Requests:
         self.outbox: list[tuple[bytes, m.Message]] = []
         self._waiters: dict[str, Waiter] = {}
         self._polls: OrderedDict[int, m.Asked | None] = OrderedDict()
-        self._polling: list[tuple[bytes, int]] = []
+        self._polling: dict[int, tuple[bytes, int]] = {}  # by rank
         self._at: dict[int, int] = {}
         self._drawn = 0
 
@@ -49,6 +50,9 @@ class Requests:
         """Take a request in; what to answer at once."""
         if len(self._waiters) >= MAX_REQUESTS:
             return a.Answer(id=ask.id, ok=False, reason=f"expected at most {MAX_REQUESTS} waiting requests")
+        if sum(waiter.client == client for waiter in self._waiters.values()) >= MAX_OF_ONE:
+            reason = f"expected at most {MAX_OF_ONE} waiting requests of one client"
+            return a.Answer(id=ask.id, ok=False, reason=reason)
         self._drawn += 1
         task = m.Asked(task=str(self._drawn), kind="check")
         match ask:
@@ -68,12 +72,11 @@ class Requests:
         never does. size: of the trainer job, 0 if not all of it is here. committed: the last version.
         """
         self._at[rank] = number
-        self._polling.append((client, number))
+        self._polling[rank] = client, number
         slowest = min(self._at.values()) if len(self._at) >= size > 0 else 0
-        for waiting in list(self._polling):
-            client, number = waiting
+        for of, (client, number) in list(self._polling.items()):
             if size == 0 or slowest >= number - 1:
-                self._polling.remove(waiting)
+                del self._polling[of]
                 task = self._decide(number, committed) if size else None
                 self.outbox.append((client, m.Polled(number=number, task=task)))
 
@@ -94,7 +97,7 @@ class Requests:
 
     def forget_polls(self) -> None:
         """A trainer rank is gone: those of another job count anew."""
-        self.outbox += [(client, m.Polled(number=number)) for client, number in self._polling]
+        self.outbox += [(client, m.Polled(number=number)) for client, number in self._polling.values()]
         self._polling.clear()
         self._polls.clear()
         self._at.clear()
@@ -131,6 +134,11 @@ class Requests:
                     seconds=outcome.seconds,
                 )
                 self.outbox.append((waiter.client, answer))
+
+    def gone(self, client: bytes) -> None:
+        """A client has closed its connection: what the trainer has not begun is not done."""
+        for key in [key for key, w in self._waiters.items() if w.client == client and not w.given]:
+            del self._waiters[key]
 
     def expire(self, now: float) -> None:
         for key, waiter in list(self._waiters.items()):

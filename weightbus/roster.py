@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -13,6 +13,9 @@ from weightbus.sketch import unlike
 
 # What a rank brings from an earlier hub as incarnation is believed below this: there is room above.
 MAX_HELD_INCARNATION = 1 << 60
+
+# So many ranks are named where others are missing; of the rest there is a number.
+LISTED = 8
 
 # Of so many starts that have gone it is still known who was of them.
 MAX_STARTS = 16
@@ -102,6 +105,10 @@ class Roster:
     def __init__(self, *, dead_after_s: float) -> None:
         self.dead_after_s = dead_after_s
         self.peers: dict[str, Peer] = {}
+        self._processes: dict[str, Peer] = {}
+        self._trainers: dict[int, Peer] = {}
+        self._replicas: dict[int, dict[int, Peer]] = {}
+        self._complete: set[int] = set()
         self._starts: list[Start] = []  # by incarnation
         self._current: Start | None = None
         self._floor = 0
@@ -119,7 +126,7 @@ class Roster:
         self._starts = [start for start in self._starts if id(start) in here or start in kept]
 
     def _here(self) -> set[int]:
-        return {id(peer.start) for peer in self.peers.values() if peer.trainer}
+        return {id(peer.start) for peer in self._trainers.values()}
 
     @property
     def incarnation(self) -> int:
@@ -158,25 +165,25 @@ class Roster:
 
     def refusal(self, hello: m.Hello, now: float) -> m.Refused | None:
         """Why ``hello``'s role can't be had; None if it can, or if the same process has it already."""
-        known = self._known(hello.process)
-        for other in self.peers.values():
-            held = other.roles.get(hello.role)
-            if held is None or (hello.role == "server" and held.replica != hello.replica):
-                continue
-            where = f"replica {hello.replica} server" if hello.role == "server" else "trainer"
-            if held.rank == hello.rank and held.process == hello.process:
-                # Said again, as the welcome was late.
-                return None
-            if held.rank == hello.rank:
-                silent = now - other.heard
-                reason = f"{where} rank {hello.rank} is taken by {other}, heard {silent:.1f} s ago"
-                return m.Refused(reason=reason, silent_s=None if other is known else silent)
+        known = self.known(hello.process)
+        server = hello.role == "server"
+        others = self._replicas.get(hello.replica, {}) if server else self._trainers
+        where = f"replica {hello.replica} server" if server else "trainer"
+        if (there := others.get(hello.rank)) is not None:
+            if there.process == hello.process:
+                return None  # said again, as the welcome was late
+            silent = now - there.heard
+            reason = f"{where} rank {hello.rank} is taken by {there}, heard {silent:.1f} s ago"
+            return m.Refused(reason=reason, silent_s=None if there is known else silent)
+        for other in others.values():
+            held = other.roles[hello.role]
             if held.size != hello.size:
                 reason = f"{where} rank {hello.rank}: expected size {held.size} as {other}, got {hello.size}"
                 return m.Refused(reason=reason)
             if held.device != hello.device:
                 reason = f"expected {held.device} tensors as {other}, got {hello.device}"
                 return m.Refused(reason=f"{where} rank {hello.rank}: {reason}")
+            break  # those that are here are alike
         if hello.rank >= hello.size:
             reason = f"expected one below size {hello.size}, got {hello.rank}"
             return m.Refused(reason=f"{hello.role} rank: {reason}")
@@ -194,14 +201,22 @@ class Roster:
         """The peer with its new role, or why it can't have it."""
         if (refused := self.refusal(hello, now)) is not None:
             return refused
-        known = self._known(hello.process)
+        known = self.known(hello.process)
         if known is None:
-            known = self.peers[peer] = self._as_peer(hello, peer)
+            known = self._as_peer(hello, peer)
+            self.peers[peer] = self._processes[hello.process] = known
         if hello.role == "trainer":
             known.start = self._enlist(hello)
         elif hello.held is not None and hello.held.incarnation:
             self._outlived(hello.held.incarnation)
         known.roles[hello.role] = hello
+        if hello.role == "trainer":
+            self._trainers[hello.rank] = known
+        else:
+            ranks = self._replicas.setdefault(hello.replica, {})
+            ranks[hello.rank] = known
+            if len(ranks) == hello.size:
+                self._complete.add(hello.replica)
         self.review()
         known.heard = now
         if hello.held is not None:
@@ -266,49 +281,82 @@ class Roster:
             f" its job, which incarnation {current} has followed"
         )
 
-    def _known(self, process: str) -> Peer | None:
-        return next((peer for peer in self.peers.values() if peer.process == process), None)
+    def known(self, process: str) -> Peer | None:
+        """The peer that this process is already."""
+        return self._processes.get(process)
+
+    def remove(self, peer: Peer) -> None:
+        """It has left or died."""
+        del self.peers[peer.id], self._processes[peer.process]
+        for role in peer.roles:
+            self._vacate(peer, role)
+
+    def take_role(self, peer: Peer, role: str) -> m.Hello:
+        """It gives up one of its roles."""
+        self._vacate(peer, role)
+        return peer.roles.pop(role)
+
+    def _vacate(self, peer: Peer, role: str) -> None:
+        hello = peer.roles[role]
+        if role == "trainer":
+            self._trainers.pop(hello.rank, None)
+            return
+        self._complete.discard(hello.replica)
+        ranks = self._replicas.get(hello.replica, {})
+        ranks.pop(hello.rank, None)
+        if not ranks:
+            self._replicas.pop(hello.replica, None)
 
     def silent(self, now: float) -> list[Peer]:
         return [peer for peer in self.peers.values() if now - peer.heard > self.dead_after_s]
 
     def trainers(self) -> dict[int, Peer]:
         """Those of the start that counts."""
-        current = self._current
-        return {p.trainer.rank: p for p in self.peers.values() if p.trainer and p.start is current}
+        return {rank: peer for rank, peer in self._trainers.items() if peer.start is self._current}
+
+    @property
+    def has_trainers(self) -> bool:
+        """Whether any start has a rank here."""
+        return bool(self._trainers)
 
     def replicas(self) -> dict[int, dict[int, Peer]]:
         """Replica, server rank, peer."""
-        found: dict[int, dict[int, Peer]] = {}
-        for peer in self.peers.values():
-            if peer.server:
-                found.setdefault(peer.server.replica, {})[peer.server.rank] = peer
-        return found
+        return self._replicas
 
     def complete(self) -> list[int]:
-        return [
-            replica
-            for replica, ranks in sorted(self.replicas().items())
-            if len(ranks) == next(p.server.size for p in ranks.values() if p.server)
-        ]
+        return sorted(self._complete)
+
+    def can_start(self, entered: Container[str], min_replicas: int) -> bool:
+        """Whether an update waits for nobody."""
+        trainers = self.trainers()
+        size = next((p.trainer.size for p in trainers.values() if p.trainer), 1)
+        return (
+            len(trainers) == size
+            and len(self._complete) >= min_replicas
+            and all(peer.id in entered for peer in trainers.values())
+        )
 
     def missing(self, entered: Container[str], min_replicas: int) -> list[str]:
-        """What an update still waits for, a line each; empty if it can start."""
+        """What an update waits for, a line each; empty if it can start. Bounded, whatever sizes were said."""
         lines = []
         trainers = self.trainers()
         size = next((p.trainer.size for p in trainers.values() if p.trainer), 1)
-        for rank in range(size):
-            if rank not in trainers:
-                lines.append(f"trainer rank {rank}: has not joined")
-            elif trainers[rank].id not in entered:
-                lines.append(f"trainer rank {rank}: has not called")
-        complete = self.complete()
-        if len(complete) < min_replicas:
-            text = f"expected {min_replicas} complete, got {len(complete)}"
-            for replica, ranks in sorted(self.replicas().items()):
+        if len(trainers) < size:
+            absent = first_absent(size, trainers)
+            lines += [f"trainer rank {rank}: has not joined" for rank in absent]
+            if (more := size - len(trainers) - len(absent)) > 0:
+                lines.append(f"trainer ranks: {more} more of {size} have not joined")
+        waiting = [rank for rank, peer in sorted(trainers.items()) if peer.id not in entered]
+        lines += [f"trainer rank {rank}: has not called" for rank in waiting]
+        if len(self._complete) < min_replicas:
+            text = f"expected {min_replicas} complete, got {len(self._complete)}"
+            partly = sorted(self._replicas.keys() - self._complete)
+            for replica in partly[:LISTED]:
+                ranks = self._replicas[replica]
                 size = next(p.server.size for p in ranks.values() if p.server)
-                if gone := sorted(set(range(size)) - ranks.keys()):
-                    text += f"; replica {replica} misses server ranks {gone} of {size}"
+                text += f"; replica {replica} misses server ranks {absent_of(size, ranks)} of {size}"
+            if len(partly) > LISTED:
+                text += f"; {len(partly) - LISTED} more replicas miss some"
             lines.append(f"replicas: {text}")
         return lines
 
@@ -331,3 +379,26 @@ class Roster:
             )
             for x in members
         ]
+
+
+def first_absent(size: int, here: Container[int]) -> list[int]:
+    """The first few of ``size`` ranks that are not here: never more work than there are ranks here."""
+    absent: list[int] = []
+    for rank in range(size):
+        if len(absent) == LISTED:
+            break
+        if rank not in here:
+            absent.append(rank)
+    return absent
+
+
+def absent_of(size: int, here: dict[int, Peer]) -> str:
+    absent = first_absent(size, here)
+    more = size - len(here) - len(absent)
+    return f"{absent}" + (f" and {more} more" if more > 0 else "")
+
+
+def some(numbers: Iterable[int]) -> str:
+    """A list of numbers for people to read, cut where it is long."""
+    listed = sorted(numbers)
+    return f"{listed[:LISTED]}" + (f" and {len(listed) - LISTED} more" if len(listed) > LISTED else "")

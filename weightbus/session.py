@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import torch
@@ -41,6 +41,9 @@ log = logging.getLogger("weightbus")
 UNHEARD_S = 20.0
 
 POLL_S = 10.0
+
+# A thread that serves lets another one have the link after so long.
+SLICE_S = 0.2
 
 
 class Session:
@@ -81,6 +84,13 @@ class Session:
         self._sealed: tuple[bytes, m.Word] | None = None
         self._unheard: bytes | None = None
         self._polls = 0
+        # Of a thread that serves while another one makes a publisher: the link is one thread's at a time.
+        self._reading = threading.RLock()
+
+    def join(self, role: m.Role, **arguments: Any) -> None:
+        """Take a role at the hub; arguments as of ``Link.join``. A thread that serves waits meanwhile."""
+        with self._reading:
+            self.link.join(role=role, **arguments)
 
     def _place(self, device: torch.device, num_buckets: int) -> None:
         self.device = device
@@ -312,6 +322,17 @@ class Session:
         A hub that is lost is looked for; raises HubError once none has answered for
         ``reconnect_timeout_s``.
         """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._reading:
+                if "trainer" in self._roles:
+                    return None  # its calls hear what comes
+                left = deadline - time.monotonic()
+                message = self._receive(min(max(0.0, left), SLICE_S))
+            if message is not None or left <= SLICE_S:
+                return message
+
+    def _receive(self, timeout_s: float) -> FromHub | None:
         try:
             return self.link.receive(timeout_s, spin_s=SPIN_S)
         except HubLost as lost:
@@ -445,7 +466,8 @@ class Session:
         if offer.members:
             self.members = offer.members
         self._token = offer.group
-        self.place = next((i for i, x in enumerate(self.members) if x.peer == self.link.peer), -1)
+        own = m.member_id(self.link.peer)
+        self.place = next((i for i, x in enumerate(self.members) if x.peer == own), -1)
         if self.place < 0:
             raise ProtocolError(f"offer: expected this rank among the {len(self.members)} members")
         return msgspec.structs.replace(offer, members=self.members)

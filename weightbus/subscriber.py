@@ -123,8 +123,8 @@ class Subscriber:
         keys = keys if isinstance(keys, Keys) else load_keys(keys, insecure=insecure)
         self._session = Session.open("server", address, job, device, num_buckets, keys, reconnect_timeout_s)
         try:
-            self._session.link.join(
-                role="server",
+            self._session.join(
+                "server",
                 rank=self.rank,
                 size=self.replica_size,
                 replica=replica,

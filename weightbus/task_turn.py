@@ -123,7 +123,8 @@ class TaskTurn:
 
     def _make(self) -> Work:
         task, destination, peer = self.offer.task, self.session.destination, self.session.link.peer
-        place = next(i for i, member in enumerate(self.offer.members) if member.peer == peer)
+        own = m.member_id(peer)
+        place = next(i for i, member in enumerate(self.offer.members) if member.peer == own)
         if self._expected is not None and task != self._expected:
             raise UpdateError(f"task: expected {self._expected} as called on this rank, got {task}")
         if isinstance(task, m.SaveTask):

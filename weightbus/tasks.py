@@ -12,8 +12,9 @@ have, the last column follows.
                                  RUN      Done    outcome
     probe, of a replica's ranks  PREPARE  Facts   outcome, with the answers for the client
 
-A refusal, a death or a deadline ends it in any step. Up to READY nothing has been written. Tasks wait for
-updates and for each other; an update waits, before its offer, for the task that is going on.
+A refusal, a death or a deadline ends it in any step; up to READY, where nothing has been written, so does the
+end of the client's connection. Tasks of the same ranks wait for each other, and all of them for updates; one
+that can't start yet keeps none behind it. An update waits, before its offer, for the tasks that are going on.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from enum import Enum, auto
 from typing import Literal
 
 from weightbus import messages as m
-from weightbus.roster import Peer, Roster
+from weightbus.roster import Peer, Roster, first_absent, some
 
 MAX_WAITING = 64
+MAX_OF_ONE = 16
 
 # Once one rank has failed, the others may still say within this time what they know of it.
 GRACE_S = 1.0
+
+# Of one task so many are noted.
+MAX_FAILURES = 1000
 
 Answer = m.Facts | m.Ready | m.Refuse | m.Done
 Known = Literal["empty", "ready", "torn"]
@@ -90,7 +95,7 @@ class Going:
 
 
 class Tasks:
-    """All requests at the hub: at most one going on, the others waiting.
+    """All requests at the hub: those that are going on, each with ranks of its own, and those that wait.
 
     outbox: (peer, message) for ranks. number: the next number of a round; header: its header.
     replies: (connection, message) for clients.
@@ -105,7 +110,7 @@ class Tasks:
     ) -> None:
         self._roster, self._outbox, self._number, self._header = roster, outbox, number, header
         self.replies: list[tuple[bytes, m.Message]] = []
-        self.going: Going | None = None
+        self.running: list[Going] = []
         self._waiting: deque[Waiting] = deque()
         self._known: dict[int, tuple[Known, int | None]] = {}
 
@@ -123,6 +128,8 @@ class Tasks:
         if longest > m.MAX_MESSAGE_BYTES:
             text = f"payloads: expected at most {m.MAX_MESSAGE_BYTES} bytes in each, got {longest}"
             self._refuse(request, text)
+        elif sum(w.client == client for w in self._waiting) >= MAX_OF_ONE:
+            self._refuse(request, f"expected at most {MAX_OF_ONE} requests of one client to wait, got one more")
         elif len(self._waiting) >= MAX_WAITING:
             self._refuse(request, f"expected at most {MAX_WAITING} requests to wait, got one more")
         elif nbytes > m.MAX_PAYLOAD_BYTES:
@@ -142,7 +149,7 @@ class Tasks:
             found.append(
                 m.ReplicaInfo(replica=replica, size=size, joined=len(ranks), state=state, version=version)
             )
-        return m.Replicas(id=id, replicas=found, busy=busy or self.going is not None)
+        return m.Replicas(id=id, replicas=found, busy=busy or bool(self.running))
 
     def saw(
         self, replicas: Iterable[int], ok: bool, moved: bool, version: int | None, *, complete: bool = True
@@ -159,8 +166,8 @@ class Tasks:
 
     def answer(self, message: m.Message, now: float) -> bool:
         """A rank's answer; False if it is of no use (late, repeated, out of turn, or of an update)."""
-        going = self.going
-        if going is None or not isinstance(message, Answer) or message.header != going.header:
+        going = next((going for going in self.running if message.header == going.header), None)
+        if going is None or not isinstance(message, Answer):
             return False
         member = going.member(message.peer)
         if member is None or (not isinstance(message, m.Refuse) and message.peer in going.answers):
@@ -179,40 +186,48 @@ class Tasks:
         """A peer left or died, with the roles that it has."""
         if peer.server and peer.server.replica not in self._roster.replicas():
             self._known.pop(peer.server.replica, None)
-        going = self.going
-        member = going.member(peer.id) if going else None
-        if going is None or member is None:
-            return
-        if (peer.trainer if isinstance(going.task, m.SaveTask) else peer.server) is not None:
-            going.answers.pop(peer.id, None)
-            going.members.remove(member)
-            self._note(going, str(peer), reason, now)
+        for going in self.running:
+            member = going.member(peer.id)
+            saves = isinstance(going.task, m.SaveTask)
+            if member is not None and (peer.trainer if saves else peer.server) is not None:
+                going.answers.pop(peer.id, None)
+                going.members.remove(member)
+                self._note(going, str(peer), reason, now)
+
+    def gone(self, client: bytes, now: float) -> None:
+        """A client has closed its connection: nobody hears how what it asked for ends. What has begun to write
+        goes on to its end."""
+        self._waiting = deque(request for request in self._waiting if request.client != client)
+        for going in list(self.running):
+            if going.request.client == client and going.step in (Step.PREPARE, Step.READY):
+                reason = "the client that asked for it has gone"
+                going.failures.append(m.Failure(rank="hub", tensor=None, reason=reason))
+                self._end(going, "failed", now)
 
     # -- what follows ------------------------------------------------------------------------------
 
     def advance(self, now: float, *, free: bool) -> None:
-        """Take the next step. free: no update is further than waiting for its members."""
-        if self.going is not None:
-            self._step(self.going, now)
-        for request in [request for request in self._waiting if now >= request.deadline]:
-            self._waiting.remove(request)
-            why = "an update was going on" if not free else "another task was going on"
+        """Take the next step of each. free: no update is going on, or could be."""
+        for going in list(self.running):
+            self._step(going, now)
+        for request in list(self._waiting):
             members = self._members(request.ask.task)
-            self._refuse(request, members if isinstance(members, str) else why)
-        while self.going is None and free and self._waiting:
-            request = self._waiting[0]
-            members = self._members(request.ask.task)
-            if isinstance(members, str):
-                if self._coming(request.ask.task):
-                    break
-                self._waiting.popleft()
-                self._refuse(request, members)
+            if now >= request.deadline:
+                self._waiting.remove(request)
+                why = "another task was going on" if free else "an update was going on"
+                self._refuse(request, members if isinstance(members, str) else why)
+            elif not free:
                 continue
-            self._waiting.popleft()
-            if reason := _unfit(request.ask, len(members)):
-                self._refuse(request, reason)
-                continue
-            self._start(request, members, now)
+            elif isinstance(members, str):
+                if not self._coming(request.ask.task):
+                    self._waiting.remove(request)
+                    self._refuse(request, members)
+            elif not any(going.member(member.peer) for going in self.running for member in members):
+                self._waiting.remove(request)
+                if reason := _unfit(request.ask, len(members)):
+                    self._refuse(request, reason)
+                else:
+                    self._start(request, members, now)
 
     def _members(self, task: m.Task) -> list[m.Member] | str:
         """Who takes part, in order; or why the task can't start."""
@@ -220,16 +235,17 @@ class Tasks:
             trainers = self._roster.trainers()
             size = next((peer.trainer.size for peer in trainers.values() if peer.trainer), 0)
             if len(trainers) < size or not size:
-                gone = ", ".join(f"trainer rank {rank}" for rank in sorted(set(range(size)) - trainers.keys()))
+                gone = ", ".join(f"trainer rank {rank}" for rank in first_absent(size, trainers))
                 return f"expected all {size} trainer ranks; {gone or 'all of them'} not joined"
             return [peer.member() for _, peer in sorted(trainers.items())]
         replicas, complete = self._roster.replicas(), self._roster.complete()
         if task.replica is None and len(complete) != 1:
-            return f"replica: expected one of the complete replicas {complete}, got none"
+            return f"replica: expected one of the complete replicas {some(complete)}, got none"
         replica = complete[0] if task.replica is None else task.replica
         if replica not in complete:
-            joined = sorted(replicas.get(replica, {}))
-            return f"replica: expected one of the complete replicas {complete}, got {replica} (ranks {joined})"
+            joined = some(replicas.get(replica, {}))
+            there = some(complete)
+            return f"replica: expected one of the complete replicas {there}, got {replica} (ranks {joined})"
         return [peer.member() for _, peer in sorted(replicas[replica].items())]
 
     def _coming(self, task: m.Task) -> bool:
@@ -243,7 +259,7 @@ class Tasks:
 
     def _start(self, request: Waiting, members: list[m.Member], now: float) -> None:
         ask, number = request.ask, self._number()
-        going = self.going = Going(
+        going = Going(
             request=request,
             update=number,
             header=self._header(number),
@@ -251,12 +267,14 @@ class Tasks:
             deadline=now + ask.run_s,
             members=members,
         )
+        self.running.append(going)
+        told = m.public(members)
         places = {frame.place for frame in ask.frames}
         for place, member in enumerate(members):
             mine = [i for i, frame in enumerate(ask.frames) if len(places) == 1 or frame.place == place]
             offer = m.TaskOffer(
                 task=ask.task,
-                members=members,
+                members=told,
                 run_s=ask.run_s,
                 frames=[ask.frames[i] for i in mine],
                 payloads=[ask.payloads[i] for i in mine],
@@ -343,13 +361,13 @@ class Tasks:
         )
         self._send(going, outcome)
         self.replies.append((going.request.client, end))
-        self.going = None
+        self.running.remove(going)
 
     def break_off(self, reason: str, now: float) -> None:
-        """A fault ends the task that is going on, and no other."""
-        if self.going is not None:
-            self.going.failures.append(m.Failure(rank="hub", tensor=None, reason=reason))
-            self._end(self.going, "failed", now)
+        """A fault ends the tasks that are going on, and no other."""
+        for going in list(self.running):
+            going.failures.append(m.Failure(rank="hub", tensor=None, reason=reason))
+            self._end(going, "failed", now)
 
     def _refuse(self, request: Waiting, reason: str) -> None:
         failure = m.Failure(rank="hub", tensor=None, reason=reason)
@@ -357,7 +375,8 @@ class Tasks:
         self.replies.append((request.client, end))
 
     def _note(self, going: Going, rank: str, reason: str, now: float) -> None:
-        going.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
+        if len(going.failures) < MAX_FAILURES:
+            going.failures.append(m.Failure(rank=rank, tensor=None, reason=reason))
         going.deadline = min(going.deadline, now + GRACE_S)
 
     def _send(self, going: Going, message: m.Message) -> None:
