@@ -37,12 +37,12 @@ def main(address: str, version: int, moment: str) -> None:
         if message.version == version and moment == "ENTER":
             die()
 
-    def sending(identity, frames):
+    def sending(identity, frames, **more):
         outcome = b"outcome" in bytes(frames[1])[:40] and coordinator.committed >= version
         if outcome and moment == "LAST" and not sent:
             sent.append(1)
             return True  # the first rank is not told
-        result = send(identity, frames)
+        result = send(identity, frames, **more)
         if outcome and moment in ("COMMIT", "LAST"):
             time.sleep(0.1)
             die()

@@ -121,7 +121,9 @@ class Guard:
     def _forget(self, connection: Connection) -> None:
         if self._of.get(connection.identity) is connection:
             del self._of[connection.identity]
+        peer = connection.peer
         self._is_of(connection, "")
+        connection.peer = peer  # of which it was, to the end
 
     def took(self, number: int, identity: bytes, nbytes: int, now: float) -> list[Connection]:
         """A message has come out of the socket; connections that are found to have gone meanwhile."""
@@ -242,10 +244,6 @@ class Guard:
                 shared.shutdown(socket.SHUT_RDWR)
             finally:
                 shared.detach()
-
-    def shut_down(self, identity: bytes) -> None:
-        if (connection := self._of.get(identity)) is not None:
-            self.shut(connection)
 
     def close(self) -> None:
         self._watched.disable_monitor()

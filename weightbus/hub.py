@@ -627,8 +627,6 @@ class Hub:
         nbytes = sum(len(frame) for frame in frames)
         if not self._guard.has_room(identity, nbytes, member=member):
             self.counts["unread"] += 1
-            if not member:
-                self._guard.shut_down(identity)
             return False
         try:
             plain = all(isinstance(frame, bytes) for frame in frames)
