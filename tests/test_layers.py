@@ -24,6 +24,7 @@ LAYERS = {
         "_addresses",
         "torch_addresses",
         "layout",
+        "ranks",
         "torch_dtensor",
         "torch_module",
         "once",

@@ -104,7 +104,6 @@ CASES = {
         {"name_map": {"a": ("a", "q")}},
         "a has no weight_loader",
     ),
-    "taken by nobody": (tensors(), tensors(b=None), {"name_map": {"b": None}}, "b: unknown name"),
 }
 
 

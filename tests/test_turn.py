@@ -33,7 +33,7 @@ def test_a_reason_of_any_length_travels(error):
     names = ", ".join(f"layers.{i}.weight" for i in range(20_000))
     reason = explain(error(names))
     assert "layers.0.weight, layers.1.weight" in reason
-    assert "characters more)" in reason
+    assert "more characters)" in reason
     refuse = m.Refuse(peer="p", reason=reason)
     assert wire.decode_to_hub(wire.encode(refuse)) == refuse
     assert explain(error("short")).endswith("short")

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightbus import http as http
     from weightbus.changes import Changes as Changes
     from weightbus.changes import Snapshot as Snapshot
     from weightbus.changes import compare as compare
@@ -72,8 +73,13 @@ _PUBLIC = {
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)
 
+_MODULES = ("http",)
+"""Modules that users name in full; imported on first use too, as they need extras."""
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"weightbus.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"weightbus.{_HOME[name]}"), name)

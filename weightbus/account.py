@@ -149,10 +149,15 @@ def _sorted(tree: Tree, target: Target, local: Sequence[str], derived: Derived) 
         if exempt.get(name) != "derived" and name not in unknown
         for part in parts
     )
+    # What a declared tensor is made of, such as the values of a sparse one, is declared with it.
+    whole = tuple(f"{name}." for name in layout.left_out if exempt.get(name) == "local")
     left = [
         one
         for one in tree.found
-        if one.name not in unknown and id(one.held) not in layout.stand_ins and not fed.cover(one.tensor)
+        if one.name not in unknown
+        and not one.name.startswith(whole)
+        and id(one.held) not in layout.stand_ins
+        and not fed.cover(one.tensor)
     ]
     own = Regions([*fed.tensors, *(one.tensor for one in left if matches(one.name, local))])
     left = [one for one in left if not own.cover(one.tensor)]

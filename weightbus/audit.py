@@ -76,7 +76,7 @@ class Audit:
     def unproved(self, target: Target) -> dict[str, str]:
         """Names of which an update does not prove that the model computes with the version's, and why."""
         account = self._accounts.get(target)
-        return target.arrived() | dict(account.unknown if account else {})
+        return target.arrived() | target.unfed | dict(account.unknown if account else {})
 
     def follow(self, target: Target, former: Target) -> None:
         """``target`` is ``former`` over storage that has moved."""

@@ -129,6 +129,9 @@ class _Ends:
     ) -> None:
         self.plan, self.rank, self.device = plan, rank, device
         self.source, self.target, self.whole = source, target, whole
+        self.echoes: dict[int, list[int]] = {}
+        for echo, carrier in plan.echoes.items():
+            self.echoes.setdefault(carrier, []).append(echo)
 
     def reads(self, spec: Spec, box: Box) -> Tensor:
         """``box`` in the one part that holds all of it: a plan sends what was told."""
@@ -220,6 +223,11 @@ def _step(ends: _Ends, wave: Wave, transfer: Transfer, buffer: Tensor, *, staged
         if staged or sends:
             for dst, inner in ends.writes(spec, slot.box):
                 wave.unpack.add(dst, view[inner.within(slot.box)])
+        for index in ends.echoes.get(slot.tensor, ()):
+            echo = ends.plan.specs[index]
+            step.boxes.append((echo.name, slot.box, view, ends.reads(echo, slot.box) if sends else None))
+            for dst, inner in ends.writes(echo, slot.box):
+                wave.unpack.add(dst, view[inner.within(slot.box)])
     return step
 
 
@@ -231,6 +239,9 @@ def _spans(plan: Plan) -> dict[str, tuple[int, int]]:
             for slot in transfer.slots:
                 name = plan.specs[slot.tensor].name
                 spans[name] = (spans.get(name, (index, 0))[0], index)
+    for echo, carrier in plan.echoes.items():
+        if (name := plan.specs[carrier].name) in spans:
+            spans[plan.specs[echo].name] = spans[name]
     return spans
 
 

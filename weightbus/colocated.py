@@ -16,9 +16,10 @@ from weightbus.derived import Derived
 from weightbus.ends import State
 from weightbus.errors import SpecError, WeightbusError
 from weightbus.install import NameMap
-from weightbus.layout import Source, layout_of, rank_and_size
+from weightbus.layout import Source, layout_of
 from weightbus.loopback import PREFIX
-from weightbus.publisher import Publisher
+from weightbus.publisher import Publisher, wire_names
+from weightbus.ranks import rank_and_size
 from weightbus.reads import Inputs
 from weightbus.report import Report, Verdict
 from weightbus.subscriber import Subscriber
@@ -82,6 +83,7 @@ def colocate(
     derived: Derived = (),
     require_proof: bool = False,
     example_inputs: Inputs = None,
+    trust_traces: bool = False,
     on_update: Callable[[int | None], None] | None = None,
     on_commit: Callable[[int | None], None] | None = None,
     on_torn: Callable[[WeightbusError], None] | None = None,
@@ -94,13 +96,14 @@ def colocate(
     ranks. Collective over the ranks: rank, size default as a Publisher's. In a job of one process the two may
     also lie on different devices, and no hub is started; otherwise one is, on this host, until all ranks have
     closed, at ``address`` or at a free port that the ranks tell each other through the default group.
-    name_map, local, derived, require_proof, example_inputs and the callbacks are a Subscriber's; options are a
-    Publisher's.
+    name_map, local, derived, require_proof, example_inputs, trust_traces and the callbacks are a Subscriber's;
+    options are a Publisher's.
     Raises SpecError for a source or target that can't be moved, and for ranks with neither group nor address.
     """
     if not isinstance(source, nn.Module | Mapping):
         source = list(source)  # pairs may be an iterator
-    layout = layout_of(source)
+    names = wire_names(options.get("exclude", ()), options.get("rename"))
+    layout = layout_of(source, name_of=names)
     rank, size = rank_and_size(layout, rank, size)
     if size == 1:
         address = f"{PREFIX}{next(_numbers)}"
@@ -119,6 +122,7 @@ def colocate(
             derived=derived,
             require_proof=require_proof,
             example_inputs=example_inputs,
+            trust_traces=trust_traces,
             on_update=on_update,
             on_commit=on_commit,
             on_torn=on_torn,

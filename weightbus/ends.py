@@ -35,9 +35,17 @@ State = Literal["empty", "ready", "updating", "torn"]
 class _End:
     """A source or target model, its layout, and what was committed of each of its modules."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        name_of: Callable[[str], str | None] | None = None,
+        declared: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """name_of, declared: as of ``layout_of``."""
         self.source: Source = source if _rereadable(source) else list(source)  # type: ignore[arg-type]
-        self.layout: Layout = layout_of(self.source)
+        self._name_of, self._is_declared = name_of, declared
+        self.layout: Layout = self._lay_out()
         self._records: dict[str, Record] = {}
         self._written: dict[str, int] = {}  # by module, when an update wrote it last: a count
         self._changed = False
@@ -50,8 +58,11 @@ class _End:
         look = self.layout.changed if in_place else self.layout.moved
         if not self._changed and look() is None:
             return False
-        self.layout, self._changed = layout_of(self.source), False
+        self.layout, self._changed = self._lay_out(), False
         return True
+
+    def _lay_out(self) -> Layout:
+        return layout_of(self.source, name_of=self._name_of, declared=self._is_declared)
 
     def changed(self) -> str | None:
         """As ``Layout.changed``; the next ``refresh`` makes the layout again."""
@@ -93,8 +104,8 @@ class _End:
 class Origin(_End):
     """A trainer rank's source."""
 
-    def __init__(self, source: Source) -> None:
-        super().__init__(source)
+    def __init__(self, source: Source, name_of: Callable[[str], str | None] | None = None) -> None:
+        super().__init__(source, name_of=name_of)
         self._told: tuple[Layout, dict[tuple[str, ...] | None, tuple[bytes, str]]] = self.layout, {}
         self._frozen: Frozen | None = None
 
@@ -115,20 +126,23 @@ class Origin(_End):
         key = None if modules is None else tuple(modules)
         if key not in self._told[1]:
             layout, device = self.layout.select(modules), self.layout.device
-            blob = encode_facts(
-                {
-                    name: Holding(
-                        spec=spec,
-                        boxes=tuple(part.box for part in layout.parts[name]),
-                        in_place=all(
-                            part.tensor.is_contiguous() and part.tensor.device == device
-                            for part in layout.parts[name]
-                        ),
-                        modules=tuple(sorted(layout.owners[name] - {""})),
-                    )
-                    for name, spec in layout.specs.items()
-                }
-            )
+            tied = set(layout.aliases.values())
+            held = {
+                name: Holding(
+                    spec=spec,
+                    boxes=tuple(part.box for part in layout.parts[name]),
+                    in_place=all(
+                        part.tensor.is_contiguous() and part.tensor.device == device
+                        for part in layout.parts[name]
+                    ),
+                    modules=tuple(sorted(layout.owners[name] - {""})),
+                    tied=name if name in tied else "",
+                )
+                for name, spec in layout.specs.items()
+            }
+            for alias, name in layout.aliases.items():
+                held[alias] = replace(held[name], spec=replace(held[name].spec, name=alias))
+            blob = encode_facts({name: held[name] for name in sorted(held, key=str.encode)})
             self._told[1][key] = blob, facts_id(blob)
         return self._told[1][key]
 
@@ -183,8 +197,13 @@ class Destination(_End):
         on_refused: Callable[[WeightbusError], None] | None,
         cpu_group: dist.ProcessGroup | None,
     ) -> None:
-        super().__init__(source)
+        def is_declared(name: str) -> bool:
+            return matches(name, (*local, *derived))
+
+        super().__init__(source, declared=is_declared)
         for one, other in self.layout.overlapping():
+            if is_declared(one) or is_declared(other):
+                continue  # such as a view that the engine makes of a parameter
             raise SpecError(f"{one}: shares part of its storage with {other}; expected one or the other")
         self.device = _device(self.layout, device)
         self._name_map, self._local, self._derived = name_map, local, derived
@@ -201,18 +220,24 @@ class Destination(_End):
         self._before: State | None = None  # of an update that goes on: the state before it
         self._torn: set[str] = set()  # modules that hold a mixture
         self._traces: Traces = {}
-        self._last: tuple[Target, tuple[tuple[str, ...] | None, bool]] | None = None
+        self._last: tuple[Target, tuple[tuple[str, ...] | None, bool, dict[str, str]]] | None = None
         self._loaded: dict[str, str] = {}
         self.snapshot: Snapshot | None = None
 
     def target(
-        self, manifest: Mapping[str, Spec], modules: Sequence[str] | None, *, partial: bool = False
+        self,
+        manifest: Mapping[str, Spec],
+        modules: Sequence[str] | None,
+        *,
+        ties: Mapping[str, str] | None = None,
+        partial: bool = False,
     ) -> Target:
         """The last one again, for the same tensors over the same layout.
 
-        partial: destinations that the manifest does not feed stay as they are.
+        ties: names of the manifest that are one tensor (``ties_of``). partial: destinations that the manifest
+        does not feed stay as they are.
         """
-        asked = modules if modules is None else tuple(modules), partial
+        asked = modules if modules is None else tuple(modules), partial, dict(ties or {})
         if self._last is not None and self._last[1] == asked:
             last = self._last[0]
             if last.base is self.layout and last.manifest == manifest:
@@ -221,6 +246,7 @@ class Destination(_End):
             self.layout,
             modules,
             manifest,
+            ties=ties,
             name_map=self._name_map,
             local=("*",) if partial else self._local,
             derived=tuple(self._derived),
@@ -280,7 +306,7 @@ class Destination(_End):
     def _relive(self, record: Record, job: m.Job) -> Record:
         """The record over storage that has moved since."""
         assert record.target is not None
-        target = self.target(record.target.manifest, job.modules)
+        target = self.target(record.target.manifest, job.modules, ties=record.target.ties)
         entries = live_entries(target, {}, record.group, {})
         ledger = Ledger(entries, record.ledger.wants, record.ledger.owners)
         self.audit.follow(target, record.target)

@@ -26,7 +26,8 @@ class Holding:
     in_place: whether each box lies contiguous on this rank, so that a transfer may use its storage.
     why_arrived: why the server rank can only vouch for what arrived, not for what is live
     (an opaque hook installs it); empty where the boxes are live storage. modules: of a trainer rank's mapping,
-    those that own the tensor, under any of its names.
+    those that own the tensor, under any of its names. tied: of a trainer rank's tensor that has several names,
+    the least of them; each of them has facts. skipped: why the server rank takes nothing of it; else empty.
     """
 
     spec: Spec
@@ -34,6 +35,8 @@ class Holding:
     in_place: bool = False
     why_arrived: str = ""
     modules: tuple[str, ...] = ()
+    tied: str = ""
+    skipped: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +54,8 @@ class _Row(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     in_place: bool
     why_arrived: str
     modules: tuple[str, ...] = ()
+    tied: str = ""
+    skipped: str = ""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -68,6 +73,8 @@ def encode_facts(facts: Facts) -> bytes:
                 in_place=holding.in_place,
                 why_arrived=holding.why_arrived,
                 modules=holding.modules,
+                tied=holding.tied,
+                skipped=holding.skipped,
             )
             for name, holding in facts.items()
         ]
@@ -95,7 +102,13 @@ def decode_facts(blob: bytes, sender: str) -> dict[str, Holding]:
                 raise SpecError(f"{row.name}: box {box} lies outside {list(row.shape)}; facts of {sender}")
         spec = Spec(name=row.name, dtype=row.dtype, shape=row.shape)
         facts[row.name] = Holding(
-            spec=spec, boxes=boxes, in_place=row.in_place, why_arrived=row.why_arrived, modules=row.modules
+            spec=spec,
+            boxes=boxes,
+            in_place=row.in_place,
+            why_arrived=row.why_arrived,
+            modules=row.modules,
+            tied=row.tied,
+            skipped=row.skipped,
         )
     return facts
 
@@ -108,6 +121,11 @@ def owners_of(sources: Iterable[Facts]) -> dict[str, frozenset[str]]:
             if holding.modules:
                 owners[name] = owners.get(name, frozenset()) | frozenset(holding.modules)
     return owners
+
+
+def ties_of(sources: Iterable[Facts]) -> dict[str, str]:
+    """The names of tied tensors, each with the least of the names that its tensor has."""
+    return {n: holding.tied for facts in sources for n, holding in facts.items() if holding.tied}
 
 
 def facts_id(blob: bytes) -> str:

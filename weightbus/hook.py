@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from weightbus.errors import UpdateError
+from weightbus.errors import SpecError, UpdateError
 from weightbus.spec import Spec, castable
 from weightbus.torch_dtensor import is_dtensor
 from weightbus.torch_module import twin
 from weightbus.torch_trace import Traced, trace, trace_many
-from weightbus.trace import Effect, Piece, Untraceable
+from weightbus.trace import Effect, Overwritten, Piece, Untraceable
 
 # A module whose load_weights fails on more tensors than this is not tried without them any further.
 MAX_FAILURES = 16
@@ -139,18 +139,22 @@ def load_weights_hooks(
     given: Mapping[str, tuple[str, Spec]],
     tensors: Mapping[str, Tensor],
     *,
+    ties: Mapping[str, str] | None = None,
     traces: Traces,
 ) -> tuple[dict[str, Hook], Loading]:
     """Of a module with ``load_weights``: a hook for each wire tensor that it takes.
 
     given: by wire name, the name that ``load_weights`` is told, and the trainer's spec. tensors: the
-    module's, by name. A tensor of which it writes nothing is not taken. Raises NotALoader.
+    module's, by name. ties: wire names that are one tensor.
+    A tensor of which it writes nothing is not taken. Raises NotALoader.
     """
     parameters = {name: tensor for name, tensor in tensors.items() if not is_dtensor(tensor)}
     addresses = tuple((name, tensor.data_ptr(), tensor.stride()) for name, tensor in parameters.items())
-    key = ("load_weights", label, tuple((wire, *named) for wire, named in given.items()), addresses)
+    tied = {wire: tie for wire, tie in (ties or {}).items() if wire in given}
+    named = tuple((wire, *named) for wire, named in given.items())
+    key = ("load_weights", label, named, addresses, tuple(tied.items()))
     if key not in traces:
-        traces[key] = _trace_module(label, module, given, parameters)
+        traces[key] = _trace_module(label, module, given, parameters, tied)
     loading = traces[key]
     assert isinstance(loading, Loading)
     hooks, known = {}, loading.by_wire()
@@ -169,7 +173,11 @@ def load_weights_hooks(
 
 
 def _trace_module(
-    label: str, module: nn.Module, given: Mapping[str, tuple[str, Spec]], parameters: Mapping[str, Tensor]
+    label: str,
+    module: nn.Module,
+    given: Mapping[str, tuple[str, Spec]],
+    parameters: Mapping[str, Tensor],
+    ties: Mapping[str, str],
 ) -> Loading:
     """Runs ``load_weights`` with all tensors; if one is more than it can be traced with, without that one."""
     opaque: dict[str, str] = {}
@@ -179,15 +187,22 @@ def _trace_module(
         asked: list[str] = []
         try:
             # Casts of the loader's show which dtype a tensor must arrive in: the sender casts.
-            casts = _run(module, left, given, dtypes, parameters, asked, allow_casts=True).casts
+            casts = _run(module, left, given, dtypes, parameters, asked, ties, allow_casts=True).casts
             written = {wire: str(dtype).removeprefix("torch.") for wire, dtype in casts.items()}
             bad = {wire: own for wire, own in written.items() if not castable(dtypes[wire], own)}
             opaque |= {w: f"{label} can't be traced: it casts {given[w][1]} to {own}" for w, own in bad.items()}
             if not bad:
                 dtypes |= written
-                return Loading(_run(module, left, given, dtypes, parameters, asked).effects, dtypes, opaque)
+                return Loading(
+                    _run(module, left, given, dtypes, parameters, asked, ties).effects, dtypes, opaque
+                )
         except NotALoader:
             raise
+        except Overwritten as reason:
+            raise SpecError(
+                f"{asked[-1] or label}: {label}: {reason}; expected one for each destination (tie them on "
+                f"the trainer too, or let name_map give None for one of them)"
+            ) from reason
         except Untraceable as reason:
             text = f"{label} can't be traced: {reason}"
             if not asked or len(asked) > len(left) or len(opaque) == MAX_FAILURES:
@@ -203,6 +218,7 @@ def _run(
     dtypes: Mapping[str, str],
     parameters: Mapping[str, Tensor],
     asked: list[str],
+    ties: Mapping[str, str],
     *,
     allow_casts: bool = False,
 ) -> Traced:
@@ -233,7 +249,7 @@ def _run(
         if [id(tensor) for tensor in _held(copy)] != before:
             raise Untraceable("it replaces a parameter")
 
-    return trace_many(run, wires, parameters, allow_casts=allow_casts)
+    return trace_many(run, wires, parameters, ties=ties, allow_casts=allow_casts)
 
 
 def _held(module: nn.Module) -> list[Tensor]:

@@ -26,6 +26,9 @@ from weightbus.torch_module import HOOK, twin
 from weightbus.trace import Effect, Fill, less
 
 Mapped = str | tuple[Any, ...] | None
+# How many names of many an error tells.
+SHOWN = 4
+
 NameMap = Callable[[str], Mapped] | Mapping[str, Mapped]
 
 
@@ -34,7 +37,9 @@ class Target:
 
     specs: by wire name, what this rank takes, in its own dtypes. parts: those that are copied as they are.
     hooks: those of which loading code is called with the whole tensor. exempt: this rank's names that an
-    update does not feed in full, each with the reason why that is no error.
+    update does not feed in full, each with the reason why that is no error. skipped: wire names of which this
+    rank takes nothing by its own decision, each with the reason. unfed: names without
+    elements that nothing feeds.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Target:
         modules: Sequence[str] | None,
         manifest: Mapping[str, Spec],
         *,
+        ties: Mapping[str, str] | None = None,
         name_map: NameMap | None,
         local: Sequence[str],
         derived: Sequence[str] = (),
@@ -52,8 +58,9 @@ class Target:
         traces: Traces,
     ) -> None:
         """base: the server's layout, of which ``modules`` take part (None: all). manifest: the
-        trainer's specs, by wire name. local, derived: patterns of names that no update feeds, or feeds
-        in part. loaders: modules with ``load_weights``, by the prefix of their names. trust_traces: write
+        trainer's specs, by wire name. ties: names of the manifest that are one tensor, each with the least of
+        them; what one of them has fed needs no other. local, derived: patterns of names that no update feeds,
+        or feeds in part. loaders: modules with ``load_weights``, by the prefix of names. trust_traces: write
         what traced ``weight_loader`` hooks would, without calling them. device: where bytes arrive; the
         layout's by default. traces: looked up and added to.
 
@@ -65,7 +72,10 @@ class Target:
         self._device = base.device if device is None else device
         self.specs: dict[str, Spec] = {}
         self.parts: dict[str, tuple[Part, ...]] = {}
+        self.ties: Mapping[str, str] = ties or {}
         self.exempt: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+        self.unfed: dict[str, str] = {}
         self._hooks: dict[str, Hook] = {}
         self._fills: list[tuple[str, Fill]] = []  # of load_weights, which writes them once for all tensors
         self._untraced: dict[str, str] = {}  # prefixes of modules with load_weights, and why
@@ -76,6 +86,7 @@ class Target:
         for wire, spec in manifest.items():
             mapped = _apply(name_map, wire)
             if mapped is None:
+                self.skipped[wire] = "name_map gives None"
                 continue
             name, arguments = (mapped, ()) if isinstance(mapped, str) else (mapped[0], tuple(mapped[1:]))
             prefix = next((p for p in loaders or () if name.startswith(p)), None)
@@ -91,6 +102,8 @@ class Target:
 
     def _feed(self, wire: str, spec: Spec, name: str, arguments: tuple[Any, ...], fed: dict[str, str]) -> None:
         name = self.layout.aliases.get(name, name)
+        if name in fed and self._are_tied(wire, fed[name]) and not arguments:
+            return
         if name not in self.layout.specs:
             if name != wire or arguments:
                 raise SpecError(f"{wire}: name_map gives {name!r}, which this rank's model does not have")
@@ -107,7 +120,10 @@ class Target:
         elif arguments:
             raise SpecError(f"{wire}: name_map gives arguments {arguments}, but {name} has no weight_loader")
         elif name in fed:
-            raise SpecError(f"{wire}: writes {name}, which {fed[name]} writes already")
+            raise SpecError(
+                f"{wire}: writes {name}, which {fed[name]} writes already; if this rank ties what the trainer "
+                f"does not, tie them there too, or give one of them no destination (name_map to None)"
+            )
         elif spec.shape != own.shape:
             cure = (
                 f"; if this one only holds the place, {HOOK}() gives the live one" if own.elements < 2 else ""
@@ -126,11 +142,13 @@ class Target:
         if self.layout.stand_ins:
             module = twin(module, self.layout.stand_ins)  # which loads into them
         try:
-            hooks, loading = load_weights_hooks(label, module, given, own, traces=self._traces)
+            hooks, loading = load_weights_hooks(label, module, given, own, ties=self.ties, traces=self._traces)
         except NotALoader:
             for wire, (name, spec) in given.items():
                 self._feed(wire, spec, f"{prefix}{name}", (), fed)
             return
+        for wire in given.keys() - hooks.keys():
+            self.skipped[wire] = f"{label} takes nothing of it"
         for wire, hook in hooks.items():
             self.specs[wire] = Spec(name=wire, dtype=loading.dtypes[wire], shape=given[wire][1].shape)
             for name in hook.known:
@@ -141,6 +159,9 @@ class Target:
         self._fills += [(name, fill) for name, effect in loading.effects.items() for fill in effect.fills]
         if loading.opaque:
             self._untraced[prefix] = next(iter(loading.opaque.values()))
+
+    def _are_tied(self, one: str, other: str) -> bool:
+        return one in self.ties and self.ties[one] == self.ties.get(other)
 
     def _settle(self) -> None:
         """Compare what the hooks of one parameter do, which is known once all are."""
@@ -161,9 +182,17 @@ class Target:
         """Raise SpecError unless each element of this rank's is fed, or its name is declared."""
         hooks = self._by_parameter()
         missing = []
+        self.exempt |= {name: self._declaration(name) or "" for name in self.layout.left_out}
         for name, spec in self.layout.specs.items():
             writers, whole = hooks.get(name, []), Box.whole(spec.shape)
-            if any(hook.opaque for hook in writers) or (name in fed and not writers) or not whole.volume:
+            if any(hook.opaque for hook in writers) or (name in fed and not writers):
+                continue
+            if not whole.volume:
+                # An engine that computes from something else may have given up the storage of this.
+                if name not in fed and (word := self._declaration(name)) is not None:
+                    self.exempt[name] = word
+                elif name not in fed:
+                    self.unfed[name] = f"has no elements, {list(spec.shape)}, and no tensor of the trainer's"
                 continue
             boxes = [fill.target for other, fill in self._fills if other == name]
             boxes += [box for hook in writers for box in hook.known[name].targets]
@@ -187,7 +216,14 @@ class Target:
             else:
                 missing.append(name)
         if missing:
-            others = f"; the same for {', '.join(missing[1:])}" if len(missing) > 1 else ""
+            others = f"; the same for {_some(missing[1:])}" if len(missing) > 1 else ""
+            spare = [wire for wire in self.manifest if wire not in self.specs and wire not in self.ties]
+            if spare:
+                others += (
+                    f"; {len(missing)} of this rank's {len(self.layout.specs)} tensors get nothing, it has no "
+                    f"use for {len(spare)} of the trainer's {len(self.manifest)}: {_some(spare)}; is there "
+                    f"another prefix, for a name_map?"
+                )
             raise SpecError(
                 f"{missing[0]}: missing name: expected a tensor of the trainer for this destination, got none "
                 f"(declare it with local=[...] if no update feeds it, with derived=[...] if the engine "
@@ -257,9 +293,12 @@ class Target:
         return found
 
     def facts(self) -> Facts:
-        """What this rank wants, by wire name."""
+        """What this rank wants, by wire name, and what it has no use for."""
         opaque = self.arrived()
-        return {
+        skipped = {
+            wire: Holding(spec=self.manifest[wire], boxes=(), skipped=why) for wire, why in self.skipped.items()
+        }
+        return skipped | {
             wire: Holding(
                 spec=spec,
                 boxes=(Box.whole(spec.shape),) if wire in opaque else tuple(box for box, _ in self.live(wire)),
@@ -287,6 +326,12 @@ class Target:
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns is the name itself, such as ``cache[1]``, or fits it as in a shell."""
     return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _meet(one: Effect | None, other: Effect | None) -> bool:

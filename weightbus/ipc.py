@@ -243,11 +243,15 @@ class SharedExport:
             raise IpcError("this system has no anonymous shared memory (memfd)")
         offset = _HEADER_BYTES
         places: dict[str, tuple[Place, ...]] = {}
+        copied: dict[int, Place] = {}  # of tied tensors there is one copy for all names
         for name, held in parts.items():
             rows = []
             for part in held:
-                rows.append(Place(allocation=0, offset=offset, strides=_contiguous(part.box.sizes)))
-                offset += -(-part.tensor.nbytes // _ALIGN) * _ALIGN
+                if (place := copied.get(id(part.tensor))) is None:
+                    place = Place(allocation=0, offset=offset, strides=_contiguous(part.box.sizes))
+                    copied[id(part.tensor)] = place
+                    offset += -(-part.tensor.nbytes // _ALIGN) * _ALIGN
+                rows.append(place)
             places[name] = tuple(rows)
         secret = secrets.token_bytes(_SECRET_BYTES)
         self._file = os.memfd_create("weightbus", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -15,10 +14,10 @@ from weightbus.box import Box
 from weightbus.errors import SpecError
 from weightbus.part import Part, spec_of
 from weightbus.spec import Spec
-from weightbus.torch_dtensor import is_dtensor, local_parts, local_tensor, mesh_position
+from weightbus.torch_dtensor import is_dtensor, local_parts, local_tensor
 from weightbus.torch_module import Elsewhere, Watch, named_pairs, reshard, stand_ins, tensors_of, walk
 
-__all__ = ["Layout", "Part", "Source", "layout_of", "named_tensors", "rank_and_size"]
+__all__ = ["Layout", "Part", "Source", "layout_of", "named_tensors"]
 
 Source = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
 
@@ -36,6 +35,7 @@ class Layout:
     modules: names of a mapping's modules; () for other sources.
     owners: by wire name, the modules that hold the tensor under any of its names.
     watch: sees whether the tensors are still where the parts say.
+    left_out: names of declared tensors that can't be moved, each with the reason.
     stand_ins: by the ``id`` of a module's own tensor, the live one, where ``weightbus_tensors`` gives another.
     """
 
@@ -47,6 +47,7 @@ class Layout:
     owners: dict[str, frozenset[str]]
     watch: Watch
     stand_ins: dict[int, Tensor]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def boxes(self) -> dict[str, tuple[Box, ...]]:
         return {name: tuple(part.box for part in parts) for name, parts in self.parts.items()}
@@ -124,6 +125,16 @@ class Layout:
         return sorted(pairs)
 
 
+def renamed_parts(
+    parts: Mapping[str, Sequence[Part]], aliases: Mapping[str, str]
+) -> dict[str, tuple[Part, ...]]:
+    """The parts of each alias, whose tensor is another name's."""
+    return {
+        alias: tuple(replace(part, spec=replace(part.spec, name=alias)) for part in parts[name])
+        for alias, name in aliases.items()
+    }
+
+
 @dataclass(slots=True)
 class _Tied:
     """One tensor under all its names, in the order seen."""
@@ -134,22 +145,37 @@ class _Tied:
     owners: set[str] = field(default_factory=set)
 
 
-def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
+def layout_of(
+    source: Source,
+    *,
+    persistent_only: bool = True,
+    name_of: Callable[[str], str | None] | None = None,
+    declared: Callable[[str], bool] = lambda name: False,
+) -> Layout:
     """The layout of a module, a mapping of names to modules, or (name, tensor) pairs, which are used up.
 
     Parameters and buffers, of these the persistent ones unless told otherwise; tied tensors once; what a
     module's ``weightbus_tensors()`` gives, in place of its own of that name (docs/offload.md). Wire names of a
-    mapping are ``module.tensor``. Moves no data and talks to no other rank; puts FSDP2 modules back to their
-    sharded parameters.
+    mapping are ``module.tensor``. name_of: gives each tensor another name, or None to leave it out.
+    declared: names for which a tensor that can't be moved is left out, and no error. Moves no data and talks to
+    no other rank; puts FSDP2 modules back to their sharded parameters.
     Raises SpecError for a name that is given twice, and for a tensor or placement that can't be moved.
     """
-    walked = _walked(source, persistent_only=persistent_only)
+    walked = _walked(source, persistent_only=persistent_only, name_of=name_of)
+    left_out: dict[str, str] = {}
     groups: dict[object, _Tied] = {}  # by the tensor's identity, and by the place of its elements
     tied: list[_Tied] = []
     for top, name, tensor in walked.rows:
         group = groups.get(id(tensor))
         if group is None:
-            parts = local_parts(name, tensor)
+            try:
+                parts = local_parts(name, tensor)
+                spec_of(name, tensor)
+            except SpecError as error:
+                if not declared(name):
+                    raise
+                left_out[name] = str(error)
+                continue
             place = _place(tensor)
             group = groups.get(place) if place else None
             if group is None:
@@ -172,12 +198,13 @@ def layout_of(source: Source, *, persistent_only: bool = True) -> Layout:
         owners={name: frozenset(group.owners) for name, group in kept.items()},
         watch=Watch(
             walked.modules,
-            [(name, tensor) for _, name, tensor in walked.rows],
+            [(name, tensor) for _, name, tensor in walked.rows if name not in left_out],
             walked.elsewhere,
             mapping=source if isinstance(source, Mapping) else {},
             persistent_only=persistent_only,
         ),
         stand_ins=walked.stand_ins,
+        left_out=left_out,
     )
 
 
@@ -191,38 +218,6 @@ def named_tensors(source: Source, *, persistent_only: bool = True) -> dict[str, 
     return {name: tensor for _, name, tensor in _walked(source, persistent_only=persistent_only).rows}
 
 
-def rank_and_size(source: Source | Layout, rank: int | None = None, size: int | None = None) -> tuple[int, int]:
-    """This process's rank in its job, and the job's size: as given, or the DTensor mesh's (the largest
-    mesh, see ``mesh_position``), or torchrun's RANK and WORLD_SIZE, or (0, 1).
-
-    A model whose meshes span only a piece of the job (one pipeline stage, one data-parallel replica) has
-    to be given both. An iterator of pairs is used up: pass its layout.
-    Raises SpecError where one is given without the other, or the rank is not in [0, size).
-    """
-    where = "as given"
-    if rank is None and size is None:
-        layout = source if isinstance(source, Layout) else layout_of(source)
-        if (position := mesh_position(layout.watch.tensors)) is not None:
-            return position
-        where = "from the environment variables RANK and WORLD_SIZE"
-        rank, size = _environ_int("RANK"), _environ_int("WORLD_SIZE")
-        if rank is None and size is None:
-            return 0, 1
-    if rank is None or size is None:
-        got = f"only rank {rank}" if size is None else f"only size {size}"
-        raise SpecError(f"rank, size: expected both or neither, got {got}; {where}")
-    if (
-        isinstance(rank, bool)
-        or isinstance(size, bool)
-        or not isinstance(rank, int)
-        or not isinstance(size, int)
-    ):
-        raise SpecError(f"rank, size: expected two integers, got {rank!r} and {size!r}; {where}")
-    if not 0 <= rank < size:
-        raise SpecError(f"rank: expected 0 <= rank < size, got rank {rank} of size {size}; {where}")
-    return rank, size
-
-
 @dataclass(frozen=True, slots=True)
 class _Walked:
     """modules: with their prefixes. rows: each tensor with its top module's name and its wire name.
@@ -234,7 +229,9 @@ class _Walked:
     stand_ins: dict[int, Tensor]
 
 
-def _walked(source: Source, *, persistent_only: bool) -> _Walked:
+def _walked(
+    source: Source, *, persistent_only: bool, name_of: Callable[[str], str | None] | None = None
+) -> _Walked:
     visits = [(top, *visit) for top, prefix, module in _modules_of(source) for visit in walk(module, prefix)]
     modules = [(prefix, module) for _, prefix, module in visits]
     reshard([module for _, module in modules])
@@ -248,22 +245,15 @@ def _walked(source: Source, *, persistent_only: bool) -> _Walked:
     if not isinstance(source, nn.Module | Mapping):
         what = "source: expected an nn.Module, a mapping of modules or (name, tensor) pairs"
         rows = [("", name, tensor) for name, tensor in named_pairs(source, what)]
+    if name_of is not None:
+        renamed = [(top, name_of(name), tensor) for top, name, tensor in rows]
+        rows = [(top, name, tensor) for top, name, tensor in renamed if name is not None]
     seen: set[str] = set()
     for _, name, _ in rows:
         if name in seen:
             raise SpecError(f"{name}: expected each name once, got it twice")
         seen.add(name)
     return _Walked(modules, rows, elsewhere, live)
-
-
-def _environ_int(variable: str) -> int | None:
-    text = os.environ.get(variable)
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise SpecError(f"{variable}: expected an integer, got {text!r}; in the environment") from None
 
 
 def _modules_of(source: Source) -> list[tuple[str, str, nn.Module]]:

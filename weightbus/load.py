@@ -30,9 +30,11 @@ from weightbus.torch_joins import Move
 
 
 class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
-    """What a rank tells the others before it is ready. untaken: tensors that it has no use for."""
+    """What a rank tells the others before it is ready. untaken: tensors that it does not know; skipped: that it
+    takes nothing of, by its own decision, and why."""
 
     untaken: list[str]
+    skipped: dict[str, str]
     digested: list[PartSums]
 
 
@@ -112,8 +114,11 @@ class Load:
             self._reader.keep([piece for piece in self._pieces if piece.kept is None], self._moved)
             self._sources.check_unchanged(proved=len(digested) == len(self._pieces))
         taken = {move.wire for wire in target.specs for move in converted.moves[wire]}
-        untaken = [name for name in manifest if name not in taken]
-        return msgspec.msgpack.encode(_Prepared(untaken=untaken, digested=self._digested()))
+        skipped = {
+            move.wire: why for wire, why in target.skipped.items() for move in converted.moves.get(wire, ())
+        }
+        untaken = [name for name in manifest if name not in taken and name not in skipped]
+        return msgspec.msgpack.encode(_Prepared(untaken=untaken, skipped=skipped, digested=self._digested()))
 
     def _convert(self) -> Converted:
         """The tensors under the names and shapes of this rank's models."""
@@ -205,7 +210,10 @@ class Load:
         prepared = {}
         for place, blob in gathered.holder.items():
             prepared[place] = msgspec.msgpack.decode(gathered.blobs[blob], type=_Prepared)
-        untaken = set.intersection(*(set(one.untaken) for one in prepared.values()))
+        skipped = {name for one in prepared.values() for name in one.skipped}
+        untaken = (
+            set.intersection(*(set(one.untaken) | one.skipped.keys() for one in prepared.values())) - skipped
+        )
         if untaken:
             name = min(untaken, key=str.encode)
             raise SpecError(

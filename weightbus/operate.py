@@ -173,17 +173,10 @@ def _answered(answer: a.Answer, options: argparse.Namespace) -> int:
     head = answer.reason or (
         f"{answer.verdict} version {answer.version} on {answer.servers} server ranks in {answer.seconds:.3f} s"
     )
-    if answer.failures or answer.partial:
-        table = Table(title=head, title_justify="left")
-        for column in ("rank", "tensor", "what"):
-            table.add_column(column, overflow="fold")
-        for failure in answer.failures:
-            table.add_row(*map(Text, (failure.rank, failure.tensor or "", failure.reason)))
-        for name, why in answer.partial:
-            table.add_row("", Text(name), Text(f"not proved: {why}"))
-        Console().print(table)
-    else:
-        print(head)
+    # A line each, as long as it is: in a table's narrow columns no place could be read in one piece.
+    lines = [head, *map(str, answer.failures), *(f"{name}: not proved: {why}" for name, why in answer.partial)]
+    for line in lines:
+        Console(soft_wrap=True).print(Text(line))
     return 0 if answer.ok else 1
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightbus.box import Box
-from weightbus.facts import Facts
+from weightbus.facts import Facts, ties_of
 from weightbus.holders import holders_of
 from weightbus.plan import Want, check_wants, merge_sources, wire_specs
 from weightbus.spec import ITEMSIZE, Spec, fingerprint
@@ -47,7 +47,7 @@ def plan_peer(sources: Mapping[int, Facts], wants: Mapping[int, Want]) -> PeerPl
     Raises SpecError or CoverageError, naming tensor and ranks, where the two cannot be matched.
     """
     manifest = merge_sources(sources)
-    check_wants(manifest, list(wants.values()))
+    check_wants(manifest, list(wants.values()), ties_of(sources.values()))
     specs = wire_specs(manifest, list(wants.values()))
     owned: list[Piece] = []
     copies: dict[int, list[Piece]] = {rank: [] for rank in wants}
@@ -77,6 +77,6 @@ def why_cast(sources: Mapping[int, Facts], wants: Sequence[Want]) -> str:
     dtypes = {name: holding.spec.dtype for facts in sources.values() for name, holding in facts.items()}
     for want in wants:
         for name, holding in want.facts.items():
-            if name in dtypes and holding.spec.dtype != dtypes[name]:
+            if name in dtypes and not holding.skipped and holding.spec.dtype != dtypes[name]:
                 return f"{name} is {dtypes[name]} on the trainer and {holding.spec.dtype} on {want}"
     return ""

@@ -8,11 +8,11 @@ are a wave: the larger a wave, the fewer the pauses of the link between them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weightbus.box import Box, check_exact_cover
 from weightbus.errors import CoverageError, SpecError
-from weightbus.facts import Facts, Holding
+from weightbus.facts import Facts, Holding, ties_of
 from weightbus.holders import holders_of
 from weightbus.spec import ITEMSIZE, Spec, castable, fingerprint
 
@@ -58,11 +58,13 @@ class Transfer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """specs: the wire's (destination's dtypes), in order of their names' UTF-8 bytes. waves: in the order
-    of their start; in each, what goes through buckets is at most ``bucket_bytes``, gaps included."""
+    of their start; in each, what goes through buckets is at most ``bucket_bytes``, gaps included. echoes: specs
+    of tied names whose bytes travel as another spec's, by index."""
 
     specs: tuple[Spec, ...]
     waves: tuple[tuple[Transfer, ...], ...]
     fingerprint: str
+    echoes: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def transfers(self) -> list[Transfer]:
@@ -71,7 +73,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that travel, without padding."""
-        return sum(spec.nbytes for spec in self.specs)
+        return sum(spec.nbytes for index, spec in enumerate(self.specs) if index not in self.echoes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,8 +146,10 @@ def plan_broadcast(
     Raises SpecError or CoverageError, naming tensor and ranks, where the two cannot be matched.
     """
     manifest = merge_sources(sources)
-    check_wants(manifest, wants)
+    ties = ties_of(sources.values())
+    check_wants(manifest, wants, ties)
     specs = wire_specs(manifest, wants)
+    echoes = echoes_of(specs, ties)
     lengths = dict.fromkeys(sources, 0)
     piece_bytes = bucket_bytes // PIECES_PER_BUCKET
     least_solo = min(max(SOLO_BYTES, bucket_bytes // SOLO_OF_BUCKET), piece_bytes)
@@ -154,12 +158,15 @@ def plan_broadcast(
     alone = in_place and len(sources) == 1
     distinct = list({id(want.facts): want.facts for want in wants}.values())
     for index, spec in enumerate(specs):
+        if index in echoes:
+            continue
         itemsize = ITEMSIZE[spec.dtype]
         for box, holders in holders_of(spec.name, sources).items():
             src = min(holders, key=lambda rank: (lengths[rank], rank))
             lengths[src] += box.volume * itemsize
             pieces = box.split(max(1, bucket_bytes // itemsize))
-            direct = alone and _direct(spec, sources[src][spec.name], pieces, distinct)
+            direct = alone and index not in echoes.values()
+            direct = direct and _direct(spec, sources[src][spec.name], pieces, distinct)
             if not direct:
                 pieces = box.split(max(1, piece_bytes // itemsize))
             for piece in pieces:
@@ -167,8 +174,20 @@ def plan_broadcast(
                 solo = nbytes >= least_solo
                 waves.add(src, index, piece, nbytes, direct=direct and solo, solo=solo)
     waves.close()
-    name = fingerprint([bucket_bytes, *specs, *waves.closed])
-    return Plan(specs=specs, waves=tuple(waves.closed), fingerprint=name)
+    name = fingerprint([bucket_bytes, *specs, *echoes.items(), *waves.closed])
+    return Plan(specs=specs, waves=tuple(waves.closed), echoes=echoes, fingerprint=name)
+
+
+def echoes_of(specs: Sequence[Spec], ties: Mapping[str, str]) -> dict[int, int]:
+    """Of several names of one tensor that are wanted in one dtype, the first carries the others' bytes."""
+    carriers: dict[tuple[str, str], int] = {}
+    echoes = {}
+    for index, spec in enumerate(specs):
+        if spec.name in ties:
+            carrier = carriers.setdefault((ties[spec.name], spec.dtype), index)
+            if carrier != index:
+                echoes[index] = carrier
+    return echoes
 
 
 def _direct(wire: Spec, held: Holding, pieces: Sequence[Box], wants: Sequence[Facts]) -> bool:
@@ -203,26 +222,66 @@ def merge_sources(sources: Mapping[int, Facts]) -> dict[str, Spec]:
     return {name: manifest[name] for name in sorted(manifest, key=str.encode)}
 
 
-def check_wants(manifest: Mapping[str, Spec], wants: Sequence[Want]) -> None:
-    """Each replica takes every tensor of the manifest, whole, on one rank or another."""
-    replicas: dict[int, list[Want]] = {}
-    for want in wants:
-        replicas.setdefault(want.replica, []).append(want)
-        if unknown := want.facts.keys() - manifest.keys():
-            raise SpecError(f"{min(unknown)}: wanted by {want}, but no trainer rank holds it")
-    for replica, members in replicas.items():
-        for name, spec in manifest.items():
-            held = [want.facts[name] for want in members if name in want.facts]
-            if not held:
-                raise SpecError(
-                    f"{name}: unknown name: expected one of replica {replica}'s {len(members)} "
-                    f"server ranks to take it, got none"
-                )
+def check_wants(manifest: Mapping[str, Spec], wants: Sequence[Want], ties: Mapping[str, str]) -> None:
+    """Each replica takes every tensor of the manifest, whole, on one rank or another, or says why it does not.
+
+    ties: as of ``ties_of``. Of tied names one is enough.
+    """
+    for replica, members in _replicas(wants).items():
+        for want in members:
+            if unknown := want.facts.keys() - manifest.keys():
+                raise SpecError(f"{min(unknown)}: wanted by {want}, but no trainer rank holds it")
+        taken = _taken(members)
+        tied = {ties[name] for name in taken if name in ties}
+        nobodys = [
+            name
+            for name in manifest
+            if name not in taken and ties.get(name) not in tied and not any(name in w.facts for w in members)
+        ]
+        if nobodys:
+            many = f"; so are {len(nobodys) - 1} others of the trainer's {len(manifest)} tensors, such as "
+            raise SpecError(
+                f"{nobodys[0]}: unknown name: expected one of replica {replica}'s {len(members)} "
+                f"server ranks to take it, got none (leave it out with Publisher(exclude=[...]), or with a "
+                f"name_map to None){many + ', '.join(nobodys[1:4]) if len(nobodys) > 1 else ''}"
+            )
+        for name, held in taken.items():
+            spec = manifest[name]
             _check_holding_shapes(spec, held, replica)
             if any(holding.why_arrived for holding in held):
                 continue  # an opaque hook takes the tensor whole, beside others that may take parts of it
             boxes = {box for holding in held for box in holding.boxes}
             check_exact_cover(name, spec.shape, boxes, f"boxes of replica {replica}'s server ranks")
+
+
+def skipped_by(wants: Sequence[Want], ties: Mapping[str, str]) -> dict[str, str]:
+    """Names of which some replica takes nothing, nor any name that is tied to them; with replica and reason."""
+    skipped: dict[str, str] = {}
+    for replica, members in _replicas(wants).items():
+        taken = _taken(members)
+        tied = {ties[name] for name in taken if name in ties}
+        for want in members:
+            for name, holding in want.facts.items():
+                if holding.skipped and name not in taken and ties.get(name) not in tied:
+                    skipped.setdefault(name, f"replica {replica}: {holding.skipped}")
+    return skipped
+
+
+def _replicas(wants: Sequence[Want]) -> dict[int, list[Want]]:
+    replicas: dict[int, list[Want]] = {}
+    for want in wants:
+        replicas.setdefault(want.replica, []).append(want)
+    return replicas
+
+
+def _taken(members: Sequence[Want]) -> dict[str, list[Holding]]:
+    """What these server ranks take, by wire name."""
+    taken: dict[str, list[Holding]] = {}
+    for want in members:
+        for name, holding in want.facts.items():
+            if not holding.skipped:
+                taken.setdefault(name, []).append(holding)
+    return taken
 
 
 def _check_holding_shapes(spec: Spec, held: Sequence[Holding], replica: int) -> None:
@@ -237,10 +296,12 @@ def _check_holding_shapes(spec: Spec, held: Sequence[Holding], replica: int) -> 
 
 
 def wire_specs(manifest: Mapping[str, Spec], wants: Sequence[Want]) -> tuple[Spec, ...]:
-    """The manifest with the destinations' dtypes, which must agree and be castable to."""
+    """What is taken of the manifest, with the destinations' dtypes, which must agree and be castable to."""
     first: dict[str, Want] = {}
     for want in wants:
         for name, holding in want.facts.items():
+            if holding.skipped:
+                continue
             dtype = first.setdefault(name, want).facts[name].spec.dtype
             if holding.spec.dtype != dtype:
                 raise SpecError(
@@ -249,6 +310,8 @@ def wire_specs(manifest: Mapping[str, Spec], wants: Sequence[Want]) -> tuple[Spe
                 )
     specs = []
     for name, spec in manifest.items():
+        if name not in first:
+            continue
         dtype = first[name].facts[name].spec.dtype
         if not castable(spec.dtype, dtype):
             raise SpecError(f"{name}: {spec.dtype} of the trainer can't be cast to {dtype} of {first[name]}")

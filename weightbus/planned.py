@@ -11,7 +11,7 @@ from weightbus.box import Box
 from weightbus.bucket import Compiled, Staging, compile_waves
 from weightbus.errors import ProtocolError
 from weightbus.exports import ASKED_FOR, OTHER_HOST, Choice, Exports, Reach, choose_route
-from weightbus.facts import Facts, owners_of
+from weightbus.facts import Facts, owners_of, ties_of
 from weightbus.holders import Replicated, replicated
 from weightbus.install import Target
 from weightbus.ipc import Parts
@@ -20,7 +20,7 @@ from weightbus.once import say_once
 from weightbus.part import Part
 from weightbus.peer import CompiledPeer, compile_peer
 from weightbus.peer_plan import PeerPlan, plan_peer, why_cast
-from weightbus.plan import Plan, Want, plan_broadcast
+from weightbus.plan import Plan, Want, plan_broadcast, skipped_by
 from weightbus.sharing import Sharing
 from weightbus.spec import Spec
 
@@ -75,7 +75,7 @@ class Planned:
     """A plan, compiled for this rank, with what it digests.
 
     group: this server rank's. wants: of all groups. holders: the sets of trainer ranks that hold the same.
-    nbytes: the plan's.
+    skipped: names of which some replica takes nothing, and why. nbytes: the plan's.
     """
 
     choice: Choice
@@ -88,6 +88,7 @@ class Planned:
     group: int
     wants: Mapping[int, Facts]
     holders: Sequence[Sequence[int]]
+    skipped: Mapping[str, str]
     nbytes: int
 
 
@@ -149,6 +150,7 @@ def make_planned(
             group=survey.group,
             wants=survey.groups,
             holders=shared.sets,
+            skipped=skipped_by(wants, ties_of(survey.sources.values())),
             nbytes=plan.nbytes,
         )
     except BaseException:

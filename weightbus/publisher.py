@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
+from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, overload
+from typing import Literal, SupportsIndex, overload
 
 from weightbus import messages as m
 from weightbus.box import Box
@@ -18,11 +19,13 @@ from weightbus.ends import Origin
 from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
 from weightbus.frozen import Where
 from weightbus.hub import DEAD_AFTER_S
+from weightbus.install import matches
 from weightbus.keys import Keys, load_keys
-from weightbus.layout import Source, rank_and_size
+from weightbus.layout import Source
 from weightbus.link import REJOIN_S
 from weightbus.planned import ROUTES, Settings
 from weightbus.progress import Bar
+from weightbus.ranks import rank_and_size
 from weightbus.report import Mismatch, Report, Saved, Verdict, both_ends
 from weightbus.save import Save
 from weightbus.saved_names import modules_of
@@ -65,6 +68,8 @@ class Publisher:
         not; by default a bar on rank 0's terminal.
     copy_to: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
         ``host`` for pinned memory.
+    exclude: patterns of the source's names that are not sent nor looked at, such as ``"v_head.*"``. rename: a
+        mapping from the source's names to those that servers know, or a function.
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
 
@@ -90,12 +95,14 @@ class Publisher:
         insecure: bool = False,
         progress: Callable[[int, int], None] | None = None,
         copy_to: Where = "device",
+        exclude: Sequence[str] = (),
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
     ) -> None:
         if min_replicas < 1:
             raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
         if route not in ROUTES:
             raise SpecError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-        self._origin = Origin(source)
+        self._origin = Origin(source, wire_names(exclude, rename))
         device = self._origin.layout.device
         if bucket_bytes is None:
             bucket_bytes = CUDA_BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
@@ -163,6 +170,7 @@ class Publisher:
         server ranks were left with a mixture, HubError if the hub is lost.
         """
         begun = time.monotonic()
+        version = checked_version(version)
         self._settle()
         if not wait and self._origin.refresh(in_place=True):
             self._session.forget_plans()
@@ -233,6 +241,7 @@ class Publisher:
             servers=outcome.servers,
             replicas=tuple(outcome.replicas),
             partial=outcome.partial,
+            skipped=progress.skipped,
             route=progress.choice.route if progress.choice else "",
             route_reason=progress.choice.reason if progress.choice else "",
             processes=processes,
@@ -423,3 +432,35 @@ class Publisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def wire_names(
+    exclude: Sequence[str] = (), rename: Mapping[str, str] | Callable[[str], str] | None = None
+) -> Callable[[str], str | None] | None:
+    """From a source's name to its wire name, or to None for what is excluded; None if all names stay."""
+    if isinstance(exclude, str):
+        raise SpecError(f"exclude: expected a list of patterns, got {exclude!r}")
+    if not exclude and rename is None:
+        return None
+
+    def name_of(name: str) -> str | None:
+        if matches(name, exclude):
+            return None
+        if rename is None:
+            return name
+        return rename(name) if callable(rename) else rename.get(name, name)
+
+    return name_of
+
+
+def checked_version(version: SupportsIndex) -> int:
+    """``version`` as an int. Raises SpecError for what is none, and for one that the wire can't carry."""
+    try:
+        if isinstance(version, bool):
+            raise TypeError
+        number = index(version)
+    except TypeError:
+        raise SpecError(f"version: expected an integer, got {version!r} ({type(version).__name__})") from None
+    if not 0 <= number < 1 << 62:
+        raise SpecError(f"version: expected 0 <= version < 2**62, got {number}")
+    return number

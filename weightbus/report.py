@@ -100,7 +100,9 @@ class Report:
     tensors in the wire's dtypes. seconds: from the call to the commit on all ranks. stages: seconds of this
     rank's parts of it. staging_bytes: this rank's staging memory. route: how the bytes went, ``broadcast``,
     ``peer`` or ``local``; route_reason: why so. A version is known by job, incarnation and number. processes:
-    all that took part; of a job without a name, the printed report says one of each end.
+    all that took part; of a job without a name, the printed report says one of each end. skipped: names of
+    which some replica takes nothing, by its ``name_map`` or its loading code, each with the reason; of a tied
+    tensor one taken name is enough.
     """
 
     word: str
@@ -117,6 +119,7 @@ class Report:
     servers: int
     replicas: tuple[int, ...]
     partial: Mapping[str, str]
+    skipped: Mapping[str, str]
     route: str
     route_reason: str
     processes: tuple[Process, ...] = ()
@@ -137,7 +140,9 @@ class Report:
             f"{_count(self.trainers, 'trainer rank')} to {_count(self.servers, 'server rank')}, {self.route}"
         )
         ends = "" if self.job else both_ends(self.processes)
-        return "\n  ".join([f"{head}; unnamed job: {ends}" if ends else head, *unproved_lines(self.partial)])
+        head = f"{head}; unnamed job: {ends}" if ends else head
+        skipped = _listed("not taken", self.skipped, "skipped")
+        return "\n  ".join([head, *unproved_lines(self.partial), *skipped])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,9 +190,13 @@ class Saved:
 
 def unproved_lines(partial: Mapping[str, str]) -> list[str]:
     """A line for each of the first names that are not proved, and how many more there are."""
-    lines = [f"not proved: {name}: {why}" for name, why in list(partial.items())[:SHOWN]]
-    left = len(partial) - SHOWN
-    return [*lines, f"and {_count(left, 'more name')} in .partial"] if left > 0 else lines
+    return _listed("not proved", partial, "partial")
+
+
+def _listed(what: str, names: Mapping[str, str], field: str) -> list[str]:
+    lines = [f"{what}: {name}: {why}" for name, why in list(names.items())[:SHOWN]]
+    left = len(names) - SHOWN
+    return [*lines, f"and {_count(left, 'more name')} in .{field}"] if left > 0 else lines
 
 
 def _count(number: int, noun: str) -> str:

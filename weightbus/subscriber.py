@@ -19,11 +19,12 @@ from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
 from weightbus.install import NameMap
 from weightbus.keys import Keys, load_keys
-from weightbus.layout import Source, rank_and_size
+from weightbus.layout import Source
 from weightbus.link import REJOIN_S
 from weightbus.load import Load
 from weightbus.progress import Bar
 from weightbus.publisher import DEFAULT_NUM_BUCKETS
+from weightbus.ranks import rank_and_size
 from weightbus.reads import Inputs
 from weightbus.report import Loaded
 from weightbus.session import Session

@@ -83,7 +83,7 @@ class _Joins(_Recorder):  # type: ignore[no-untyped-call]
     """Writes down what was joined, and where the pieces of a tensor come from."""
 
     def __init__(self, wires: Mapping[str, Tensor]) -> None:
-        super().__init__(wires, {}, False)
+        super().__init__(wires, {}, False, {})
         self._joins: dict[int, list[_Part]] = {}
 
     def __torch_dispatch__(

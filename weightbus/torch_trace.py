@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from weightbus.box import Box, overlap
-from weightbus.trace import Effect, Grid, Piece, Untraceable, View, fills_of, pieces_of
+from weightbus.trace import Effect, Grid, Overwritten, Piece, Untraceable, View, fills_of, pieces_of
 
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
@@ -51,14 +51,17 @@ def trace_many(
     wires: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
     *,
+    ties: Mapping[str, str] | None = None,
     allow_casts: bool = False,
 ) -> Traced:
     """``trace`` for code that is given many wire tensors, by name, all on the meta device.
 
+    ties: names that are one tensor: what one of them writes once more, to the same place, is no second write.
+
     allow_casts: write casts down instead of refusing them; the pieces then hold elements, not bytes.
     """
     stand_ins = {name: _stand_in(name, parameter) for name, parameter in parameters.items()}
-    recorder = _Recorder(wires, stand_ins, allow_casts)
+    recorder = _Recorder(wires, stand_ins, allow_casts, ties or {})
     try:
         with torch.no_grad(), recorder:
             run(stand_ins)
@@ -93,11 +96,17 @@ def _storage(tensor: Tensor) -> int:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets views through, writes copies and fills down, and refuses all else that touches a recorded tensor."""
 
-    def __init__(self, wires: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor], allow_casts: bool) -> None:
+    def __init__(
+        self,
+        wires: Mapping[str, Tensor],
+        stand_ins: Mapping[str, Tensor],
+        allow_casts: bool,
+        ties: Mapping[str, str],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.effects: dict[str, Effect] = {}
         self.casts: dict[str, torch.dtype] = {}
-        self._allow_casts = allow_casts
+        self._allow_casts, self._ties = allow_casts, ties
         self.names = {_storage(tensor): name for name, tensor in stand_ins.items()}
         self._grids = {name: Grid.like(tensor) for name, tensor in stand_ins.items()}
         self._wires = {_storage(wire): name for name, wire in wires.items()}
@@ -155,7 +164,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _storage(source) not in self._sources:
             raise Untraceable(f"it copies into {name} what is not of the tensor that arrived")
         pieces = self._pieces(source.expand(view.shape), _view(view), view.dtype, self._grids[name])
-        self.effects[name] = self.effects.get(name, Effect()).copied(pieces)
+        effect = self.effects.get(name, Effect())
+        for other in effect.pieces:
+            if other.wire not in {piece.wire for piece in pieces} and overlap(
+                [other.target], [piece.target for piece in pieces if not self._again(piece, effect)]
+            ):
+                raise Overwritten(
+                    f"it writes {pieces[0].wire} over {other.wire}, which has been copied to {name}"
+                )
+        self.effects[name] = effect.copied([piece for piece in pieces if not self._again(piece, effect)])
+
+    def _again(self, piece: Piece, effect: Effect) -> bool:
+        """Whether a name that is tied to this one's has written the same there."""
+        tie = self._ties.get(piece.wire)
+        return tie is not None and any(
+            (other.box, other.target) == (piece.box, piece.target) and self._ties.get(other.wire) == tie
+            for other in effect.pieces
+        )
 
     def _written(self, view: Tensor) -> str:
         name = self.names.get(_storage(view))

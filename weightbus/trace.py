@@ -19,6 +19,10 @@ class Untraceable(Exception):
     """Why a hook's effect can't be written as boxes; never leaves this package."""
 
 
+class Overwritten(Untraceable):
+    """Two wire tensors are written to the same elements: which of them counts is not to be guessed."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """Strided elements of a tensor's storage; ``offset`` counts elements from the tensor's first."""

@@ -14,11 +14,11 @@ from weightbus import messages as m
 from weightbus.broadcast import Broadcast
 from weightbus.errors import ProtocolError, UpdateError, WeightbusError
 from weightbus.exports import Choice, Exports, decode_exports, decode_reach
-from weightbus.facts import Facts, decode_facts, encode_facts
+from weightbus.facts import Facts, decode_facts, encode_facts, ties_of
 from weightbus.frozen import Frozen
 from weightbus.install import Target
 from weightbus.lanes import Mark, wait_for
-from weightbus.layout import Part
+from weightbus.layout import Part, renamed_parts
 from weightbus.ledger import Chosen, Ledger, Record, Sums
 from weightbus.peer import CompiledPeer, Peer
 from weightbus.plan import Want, merge_sources
@@ -78,6 +78,7 @@ class Progress:
     moved: int = 0
     wrote: bool = False
     choice: Choice | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +149,10 @@ class Turn:
     def _settings(self) -> Settings:
         return Settings.parse(self._offer.settings)
 
-    def _parts(self, origin: Origin) -> Mapping[str, Sequence[Part]]:
-        return self.copied.frozen.parts if self.copied else origin.layout.parts
+    def _parts(self, origin: Origin) -> dict[str, tuple[Part, ...]]:
+        """What this trainer rank sends, by all names of its tensors."""
+        parts = self.copied.frozen.parts if self.copied else origin.layout.parts
+        return parts | renamed_parts(parts, origin.layout.aliases)
 
     def _lap(self, stage: str) -> None:
         now = time.monotonic()
@@ -216,7 +219,8 @@ class Turn:
             self._sharing = Sharing(session.device, self._settings.route, both=both)
             if self._me.trainer is not None and session.origin:
                 blob, _ = session.origin.facts(offer.modules)
-                names, parts = session.origin.layout.select(offer.modules).specs, self._parts(session.origin)
+                layout, parts = session.origin.layout.select(offer.modules), self._parts(session.origin)
+                names = [*layout.specs, *layout.aliases]
                 self._send_facts(blob, self._sharing.export({name: parts[name] for name in names}))
         except Exception as error:
             self._refuse(error)
@@ -290,7 +294,9 @@ class Turn:
     def _target(self, sources: m.Gathered) -> Target | None:
         if not self._me.server or not self.session.destination:
             return None
-        return self.session.destination.target(merge_sources(self._decode(sources)), self._offer.modules)
+        facts = self._decode(sources)
+        ties = ties_of(facts.values())
+        return self.session.destination.target(merge_sources(facts), self._offer.modules, ties=ties)
 
     def _plan(self, gathered: m.Gathered) -> Planned:
         """The plan, alike on all ranks, and this rank's compiled part of it."""
@@ -355,7 +361,7 @@ class Turn:
         session, progress, offer = self.session, self.progress, self._offer
         verify = offer.verify
         progress.tensors, progress.nbytes = len(planned.plan.specs), planned.nbytes
-        progress.choice = planned.choice
+        progress.choice, progress.skipped = planned.choice, planned.skipped
         look = self._look(time.monotonic() + offer.transfer_s)
 
         def moved(nbytes: int) -> None:
@@ -622,5 +628,6 @@ def explain(error: BaseException) -> str:
     if not isinstance(error, WeightbusError):
         kind = type(error).__name__
         text = f"{kind}: {text}" if text else f"interrupted by {kind}"
-    more = len(text) - MAX_REASON_CHARACTERS
-    return text if more <= 0 else f"{text[:MAX_REASON_CHARACTERS]}... ({more} characters more)"
+    if (more := len(text) - MAX_REASON_CHARACTERS) > 0:
+        text = f"{text[:MAX_REASON_CHARACTERS]}... ({more} more characters)"
+    return text.encode(errors="backslashreplace").decode()
