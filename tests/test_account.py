@@ -456,6 +456,37 @@ def test_function_may_make_several_tensors_of_a_module():
     assert torch.equal(target.halves[1], target.weight * 2)
 
 
+def test_derived_tensors_may_be_made_of_each_other():
+    source, target = Scale(1), Scale(2)
+    target.a_double = target.one_plus * 2
+    derived = {"a_double": lambda m: m.one_plus * 2, "one_plus": lambda m: 1 + m.weight}
+    source.one_plus = None
+    with weightbus.colocate(source, target, derived=derived) as pair:
+        assert pair.update(1).word == "verified"
+    assert torch.equal(target.a_double, (1 + source.weight) * 2)
+
+
+class Hostile(list):
+    def __iter__(self):
+        raise RuntimeError("not now")
+
+
+def test_object_that_can_not_be_looked_at_is_named():
+    target = Scale(2)
+    target.one_plus = Hostile([torch.ones(2)])
+    with weightbus.colocate(Scale(1), target) as pair:
+        assert pair.update(1).partial == {"one_plus": "looking at it raised RuntimeError"}
+
+
+def test_scale_that_a_weight_gets_later_is_named_by_the_next_update():
+    target = Scale(2)
+    target.one_plus = None
+    with weightbus.colocate(Scale(1), target) as pair:
+        assert pair.update(1).word == "verified"
+        target.weight.scale = torch.rand(2)
+        assert list(pair.update(2).partial) == ["weight.scale"]
+
+
 def fails(module):
     raise RuntimeError("no such kernel")
 

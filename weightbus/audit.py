@@ -71,7 +71,13 @@ class Audit:
         account = self._accounts[target]
         for recipe in account.recipes:
             recipe.refresh()
-        return stale(account) if prove else []
+        spoilt = stale(account) if prove else []
+        if spoilt and len(account.recipes) > 1:
+            # Those that are made of others came before them.
+            for recipe in account.recipes:
+                recipe.refresh()
+            spoilt = stale(account)
+        return spoilt
 
     def unproved(self, target: Target) -> dict[str, str]:
         """Names of which an update does not prove that the model computes with the version's, and why."""

@@ -131,7 +131,17 @@ class _Walker:
         self._owner, self._prefix = before
 
     def _value(self, name: str, value: object, depth: int) -> None:
-        if type(value) in _PLAIN or isinstance(value, _LEAVES):
+        if type(value) in _PLAIN:
+            return
+        before = self._owner, self._prefix
+        try:
+            self._look(name, value, depth)
+        except Exception as error:  # of code of the object's own, which may be anything
+            self._owner, self._prefix = before
+            self.tree.unseen[name] = f"looking at it raised {type(error).__name__}"
+
+    def _look(self, name: str, value: object, depth: int) -> None:
+        if isinstance(value, _LEAVES):
             return
         if isinstance(value, Tensor):
             self._tensor(name, value, depth)
@@ -164,8 +174,9 @@ class _Walker:
             for key, item in zip(fields, value, strict=False):
                 self._value(f"{name}.{key}", item, depth + 1)
         elif isinstance(value, list | tuple | deque | AbstractSet):
+            items = list(value)
             self.tree.glance.rows.append(value)
-            for index, item in enumerate(list(value)):
+            for index, item in enumerate(items):
                 self._value(f"{name}[{index}]", item, depth + 1)
 
     def _attributes(self, prefix: str, value: object, depth: int) -> None:
@@ -201,8 +212,10 @@ class _Walker:
                 self._tensor(f"{name}.{key}", one, depth)
         else:
             self._plain(name, tensor, tensor)
-        if depth < MAX_DEPTH and type(tensor).__module__.partition(".")[0] != "weightbus":
-            for key, item in list(getattr(tensor, "__dict__", {}).items()):
+        own = getattr(tensor, "__dict__", None)
+        if isinstance(own, dict) and depth < MAX_DEPTH:
+            (self.tree.glance.dicts if own else self.tree.glance.empty).append(own)
+            for key, item in list(own.items()):
                 self._value(f"{name}.{key}", item, depth + 1)
 
     def _plain(self, name: str, tensor: Tensor, held: Tensor) -> None:
