@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from weightbus import conversion
 from weightbus.box import Box
 from weightbus.conversion import convert, unchanged
 from weightbus.spec import Spec
@@ -122,6 +123,20 @@ def test_moves_give_what_the_conversion_gives(data):
 def test_what_is_more_than_moving_is_refused(run, reason):
     with pytest.raises(Untraceable, match=reason):
         trace_conversion(run, {"a": ((2, 3), "float32"), "b": ((2, 3), "float16")})
+
+
+def test_names_that_a_class_leaves_out():
+    """As of a model of transformers, by its attribute, and of any by what older versions saved."""
+    base = type("PreTrainedModel", (nn.Linear,), {"__module__": "transformers.modeling_utils"})
+    model = type("Mine", (base,), {"_keys_to_ignore_on_load_unexpected": [r"^mtp\."]})(2, 3)
+    model.register_buffer("inv_freq", torch.zeros(1), persistent=False)
+    names = ["weight", "mtp.0.weight", "model.rotary_emb.inv_freq", "other"]
+    specs = {f"m.{n}": Spec(name=f"m.{n}", dtype="float32", shape=(3, 2)) for n in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "_grouped", lambda model, given, own: {n: (None, [(n, n)]) for n in given})
+        found = convert(specs, {"m.": model}, {"m.weight": (3, 2)})
+    assert found.ignored == {"m.mtp.0.weight", "m.model.rotary_emb.inv_freq"}
+    assert list(found.specs) == ["m.weight", "m.other"]  # the last one is for others to refuse
 
 
 def test_models_of_no_library_take_tensors_as_they_are():

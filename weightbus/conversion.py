@@ -7,9 +7,10 @@ rank reads of the files what it holds, and nothing is assembled in memory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,18 +22,18 @@ from weightbus.torch_joins import Move, trace_conversion
 from weightbus.torch_module import walk
 from weightbus.trace import Untraceable
 
+COMPUTED = {"inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+"""Of buffers that older versions saved, and newer ones compute: how the model's end, and the files'."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """specs: by the model's names. moves: by the same names, where the elements lie in the files' tensors."""
+    """specs: by the model's names. moves: by the same names, where the elements lie in the files' tensors.
+    ignored: the files' tensors that the model's class leaves out on purpose."""
 
     specs: dict[str, Spec]
     moves: dict[str, list[Move]]
-
-    @property
-    def sources(self) -> dict[str, set[str]]:
-        """By the model's names, those of the files' tensors that each is made of."""
-        return {name: {move.wire for move in moves} for name, moves in self.moves.items()}
+    ignored: set[str] = field(default_factory=set)
 
 
 def unchanged(specs: Mapping[str, Spec]) -> Converted:
@@ -63,8 +64,12 @@ def convert(
             continue
         for name in given:
             del found.specs[prefix + name], found.moves[prefix + name]
+        patterns = _ignored(model)
         for name, (spec, moves) in _convert(model, given, names).items():
             wire = prefix + name
+            if name not in names and any(pattern.search(name) for pattern in patterns):
+                found.ignored.update(prefix + move.wire for move in moves)
+                continue
             found.specs[wire] = Spec(name=wire, dtype=spec.dtype, shape=spec.shape)
             found.moves[wire] = [Move(prefix + m.wire, m.box, m.target, m.axes) for m in moves]
     return found
@@ -73,6 +78,14 @@ def convert(
 def _is_theirs(module: nn.Module) -> bool:
     """Whether it is a model of transformers; which is loaded then."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__)
+
+
+def _ignored(model: Any) -> list[re.Pattern[str]]:
+    """Of names in files that have no place in the model and are no mistake, as ``from_pretrained`` has it."""
+    known = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    known += [pattern for end, pattern in COMPUTED.items() if any(name.endswith(end) for name in buffers)]
+    return [re.compile(pattern) for pattern in known]
 
 
 def _convert(

@@ -218,9 +218,10 @@ def _of_file(file: OpenFile) -> list[Stored]:
 
 def check_length(where: Path, length: int, nbytes: int) -> None:
     if nbytes < 8 or length > nbytes - 8:
-        raise SpecError(f"{where}: expected a safetensors header in {nbytes} bytes, got length {length}")
+        # The length itself would be eight bytes of whatever file this is.
+        raise SpecError(f"{where}: expected a safetensors header in {nbytes} bytes, got none of that length")
     if length > MAX_HEADER_BYTES:
-        raise SpecError(f"{where}: expected a header of at most {MAX_HEADER_BYTES} bytes, got {length}")
+        raise SpecError(f"{where}: expected a header of at most {MAX_HEADER_BYTES} bytes, got a longer one")
 
 
 def header_of(where: Path, data: memoryview) -> tuple[list[Stored], dict[str, str]]:

@@ -28,7 +28,6 @@ from weightbus.reading import OnDevice, Read, Reader, Sources, pieces_of
 from weightbus.shared_payload import open_shared
 from weightbus.torch_joins import Move
 
-
 class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
     """What a rank tells the others before it is ready. untaken: tensors that it does not know; skipped: that it
     takes nothing of, by its own decision, and why."""
@@ -114,7 +113,8 @@ class Load:
             self._reader.keep([piece for piece in self._pieces if piece.kept is None], self._moved)
             self._sources.check_unchanged(proved=len(digested) == len(self._pieces))
         taken = {move.wire for wire in target.specs for move in converted.moves[wire]}
-        skipped = {
+        skipped = dict.fromkeys(converted.ignored, "the model's class leaves it out")
+        skipped |= {
             move.wire: why for wire, why in target.skipped.items() for move in converted.moves.get(wire, ())
         }
         untaken = [name for name in manifest if name not in taken and name not in skipped]
