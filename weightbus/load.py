@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,9 @@ from weightbus.payload import stored_payloads, tensors_of_payload
 from weightbus.reading import OnDevice, Read, Reader, Sources, pieces_of
 from weightbus.shared_payload import open_shared
 from weightbus.torch_joins import Move
+
+log = logging.getLogger("weightbus")
+
 
 class _Prepared(msgspec.Struct, forbid_unknown_fields=True):
     """What a rank tells the others before it is ready. untaken: tensors that it does not know; skipped: that it
@@ -114,6 +118,8 @@ class Load:
             self._sources.check_unchanged(proved=len(digested) == len(self._pieces))
         taken = {move.wire for wire in target.specs for move in converted.moves[wire]}
         skipped = dict.fromkeys(converted.ignored, "the model's class leaves it out")
+        if skipped:
+            log.info("%s: %d tensors left out by the model's class: %s", self.what, len(skipped), min(skipped))
         skipped |= {
             move.wire: why for wire, why in target.skipped.items() for move in converted.moves.get(wire, ())
         }
