@@ -218,7 +218,7 @@ def measure(case: Case, sides: list[Side], pairs: int) -> list[dict[str, Any]]:
         {"case": case.name, "what": what, "code": side.name, "nbytes": nbytes, **facts[side.name]}
         | {"servers": len(case.servers), "others_cores": others}
         | ratio(timings(side.seconds[what], sides[0].seconds[what]), compared=len(sides) > 1)
-        | {"cpu_p50_s": statistics.median(side.cpu_s[what])}
+        | cpu(side.cpu_s[what], sides[0].cpu_s[what], compared=len(sides) > 1)
         | {"stages_s": medians(side.stages[what]), "seconds": side.seconds[what]}
         for what in UPDATES
         for side in sides
@@ -231,33 +231,48 @@ def ratio(found: dict[str, Any], *, compared: bool) -> dict[str, Any]:
     return found | ({"of_before": of, "of_before_95": interval} if compared else {})
 
 
+def cpu(spent: list[float], baseline: list[float], *, compared: bool) -> dict[str, Any]:
+    """The same of what all ranks took of the cores, on which other processes tell less."""
+    found = ratio(timings(spent, baseline), compared=compared)
+    del found["rounds"]
+    return {f"cpu_{name}": value for name, value in found.items()} | {"cpu_s": spent}
+
+
 def medians(stages: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(stage.get(name, 0.0) for stage in stages) for name in stages[0]}
 
 
 def show(model: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"{model}, {rows[0]['nbytes'] / 1e9:.2f} GB, on 2 trainer ranks")
-    columns = ("case", "what", "code", "p50 ms", "p99 ms", "of before", "95 %", "CPU ms", "others", "#wrong")
-    for column in columns:
-        table.add_column(column, justify="left" if column in columns[:3] else "right")
+    for column in ("case", "what", "code"):
+        table.add_column(column)
+    for column in ("p50 ms", "p99 ms", "of before", "95 %", "CPU ms", "of before", "95 %", "others", "#wrong"):
+        table.add_column(column, justify="right")
     for row in rows:
-        low, high = row.get("of_before_95", (1.0, 1.0))
         table.add_row(
             row["case"],
             row["what"],
             row["code"],
             f"{row['p50_s'] * 1e3:.2f}",
             f"{row['p99_s'] * 1e3:.2f}",
-            f"{row['of_before']:.3f}" if "of_before" in row else "",
-            f"{low:.3f} to {high:.3f}" if row["code"] == "now" and "of_before" in row else "",
+            *compared(row, "of_before"),
             f"{row['cpu_p50_s'] * 1e3:.0f}",
+            *compared(row, "cpu_of_before"),
             f"{row['others_cores']:.2f}",
             str(row["wrong"]),
         )
-    Console(width=130).print(table)
+    Console(width=150).print(table)
     for row in rows:
         stages = ", ".join(f"{k} {v * 1e3:.2f}" for k, v in row["stages_s"].items())
         print(f"{row['case']}, {row['what']}, {row['code']}: stages, ms: {stages}")
+
+
+def compared(row: dict[str, Any], of: str) -> tuple[str, str]:
+    """A ratio and its interval, for the table; nothing for the baseline itself."""
+    if row["code"] == "before" or of not in row:
+        return "", ""
+    low, high = row[f"{of}_95"]
+    return f"{row[of]:.3f}", f"{low:.3f} to {high:.3f}"
 
 
 def commit_of(checkout: Path) -> str:
