@@ -409,3 +409,43 @@ def test_heartbeats_that_always_fail_are_said(port, monkeypatch):
     assert link.receive(0.0) is None
     link.leave("server")
     link.close()
+
+
+@pytest.mark.parametrize("where", ["update", "hook", "commit", "refused"])
+@pytest.mark.parametrize("error", [Stop("no"), KeyboardInterrupt()])
+def test_one_end_where_both_ends_are_one_process(where, error):
+    fault, calls = Fault(), []
+    source, target = torch.zeros(NUMEL), torch.nn.Parameter(torch.zeros(NUMEL), requires_grad=False)
+
+    def load(parameter, loaded):
+        if not loaded.is_meta:
+            fault.reach("server", "call", "hook")
+        parameter.data.copy_(loaded)
+
+    def callback(name):
+        def called(what):
+            calls.append(name)
+            fault.reach("server", "call", name)
+
+        return called
+
+    target.weight_loader = load
+    names = ("update", "commit", "torn", "refused")
+    with weightbus.colocate(
+        [("a", source)], [("a", target)], rank=0, size=1, **{f"on_{name}": callback(name) for name in names}
+    ) as pair:
+        pair.update(1)
+        if where == "refused":  # an update that is refused, and whose callback raises
+            target.data = torch.zeros(NUMEL + 1)
+        calls.clear()
+        fault.arm(("server", "call", where), error)
+        source.fill_(2)
+        with pytest.raises((weightbus.WeightbusError, Stop, KeyboardInterrupt)):
+            pair.update(2)
+        assert (calls[0], len(calls)) == ("update", 2)
+        assert pair.state == CLOSING[calls[1]]
+        fault.arm(None, None)
+        target.data = torch.zeros(NUMEL)
+        source.fill_(3)
+        assert pair.update(3).verified
+        assert (pair.state, pair.version, target.unique().tolist()) == ("ready", 3, [3.0])

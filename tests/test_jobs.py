@@ -513,3 +513,30 @@ def test_a_process_knows_when_it_started():
     code = "import time, weightbus.identity as i; time.sleep(1.0); print(i.process_started())"
     started = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert before - 1.0 <= started <= time.time() - 0.9
+
+
+FORKS = """
+import os, sys, torch, weightbus
+address = sys.argv[1]
+source = [("a", torch.zeros(2))]
+publisher = weightbus.Publisher(source, address=address, job="parent", rank=0, size=1)
+if (child := os.fork()) == 0:
+    try:
+        with weightbus.Publisher(source, address=address, job="child", rank=0, size=1):
+            pass
+        try:
+            weightbus.Publisher(source, address=address, job="parent", rank=0, size=1, connect_timeout_s=10)
+        except weightbus.HubError as error:  # of the hub: the child has no publisher of this job
+            os._exit(0 if f"pid {os.getppid()} on" in str(error) else 2)
+    finally:
+        os._exit(1)
+_, status = os.waitpid(child, 0)
+publisher.close()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_forked_process_has_places_of_its_own(hub, address):
+    """It takes none of its parent's, and is not kept from one by what its parent has."""
+    run = subprocess.run([sys.executable, "-c", FORKS, address], timeout=60, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr.decode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -501,3 +502,11 @@ class Session:
         group, self._group = self._group, None
         if group is not None:
             group.close(abort=abort)
+
+
+def _forget_in_child() -> None:
+    """A process that was forked has no place: those of its parent stay the parent's."""
+    Session._open, Session._open_lock = {}, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
