@@ -108,6 +108,7 @@ class Pair:
             self.target.data = self.target.data.clone()
         self.fault.patch("trainer", self.publisher._session.link)
         self.fault.patch("server", self.subscriber._session.link)
+        self.settle()  # a look that had begun before is over
 
     def _load(self, parameter, loaded):
         if not loaded.is_meta:
@@ -181,6 +182,7 @@ _names = itertools.count()
 @example(point=("trainer", "said", m.Enter), error=KeyboardInterrupt(), planned=True)
 @example(point=("trainer", "hear", m.Go), error=KeyboardInterrupt(), planned=True)
 @example(point=("server", "call", "commit"), error=Stop("no"), planned=True)
+@example(point=("server", "hear", m.Offer), error=KeyboardInterrupt(), planned=True)
 def test_one_end_for_all(port, point, error, planned):
     pair = Pair(port, f"job{next(_names)}", planned)
     try:
@@ -217,6 +219,8 @@ def test_one_end_for_all(port, point, error, planned):
                 assert _reason(error) in str(said)
                 assert _reason(error) in str(pair.subscriber.error)
         assert all(one is error for one in pair.raised)
+        if point == ("server", "hear", m.Offer):
+            assert committed, "the next poll takes part"
         # The session is usable, and nothing of the former round is taken for this one.
         pair.fault.arm(None, None)
         pair.calls.clear()
@@ -263,6 +267,7 @@ def saved(tmp_path_factory):
 )
 @example(point=("server", "call", "write"), error=KeyboardInterrupt())
 @example(point=("server", "said", m.Facts), error=KeyboardInterrupt())
+@example(point=("server", "hear", m.TaskOffer), error=KeyboardInterrupt())
 @example(point=("server", "hear", m.Outcome), error=KeyboardInterrupt())
 def test_one_end_of_a_load_for_all(port, saved, point, error):
     """As of an update; here the other end is the client that has asked for it."""
@@ -290,6 +295,8 @@ def test_one_end_of_a_load_for_all(port, saved, point, error):
             held = pair.target.unique().tolist()
             assert held == [9.0 if end.ok or closed == ["torn"] else pair.last]
             assert pair.subscriber.state == (CLOSING[closed[0]] if closed else "ready")
+            if point[1:] == ("hear", m.TaskOffer):
+                assert end.ok, "the next poll takes part"
             if not end.ok:
                 assert _reason(error) in str(end.failures[0])
                 assert _reason(error) in str(pair.subscriber.error)

@@ -21,7 +21,8 @@ class Rounds:
 
     header: of the round, or, between rounds, of what was heard last, with no number. entered: this rank has
     called, and waits for the offer. outcome: of the round, once it was heard. orphaned: its hub
-    was lost, and the next round ends the wait for its outcome. stale: how many were dropped.
+    was lost, and the next round ends the wait for its outcome. opener: an offer that was heard, and is not
+    answered so far. stale: how many were dropped.
     """
 
     def __init__(self, job: str) -> None:
@@ -29,12 +30,14 @@ class Rounds:
         self.entered = False
         self.outcome: m.Outcome | None = None
         self.orphaned = False
+        self.opener: m.Offer | m.TaskOffer | None = None
         self.stale = 0
         self._ended: deque[int] = deque(maxlen=MAX_ENDED)
 
     def joined(self, header: m.Header) -> None:
         """A hub has let this rank in. What an earlier hub has numbered says nothing of its rounds."""
         self._ended.clear()
+        self.opener = None
         if not self.header.update:
             self.header = header._replace(update=0)
 
@@ -54,7 +57,7 @@ class Rounds:
         A task may come while this rank waits for the offer of its own call, and goes on waiting.
         """
         entered, self.entered = self.entered, False
-        self.header, self.outcome = offer.header, None
+        self.header, self.outcome, self.opener = offer.header, None, None
         try:
             yield
         finally:
@@ -65,7 +68,7 @@ class Rounds:
     @contextlib.contextmanager
     def beside(self, offer: m.Offer | m.TaskOffer) -> Iterator[None]:
         """For one word to a round that this rank takes no part in."""
-        header, self.header = self.header, offer.header
+        header, self.header, self.opener = self.header, offer.header, None
         try:
             yield
         finally:
@@ -78,6 +81,8 @@ class Rounds:
         self.stale += not taken
         if taken and isinstance(message, m.Outcome):
             self.outcome = message
+        if taken and isinstance(message, m.Offer | m.TaskOffer) and message.update != self.header.update:
+            self.opener = message
         return taken
 
     def _accepts(self, message: FromHub) -> bool:

@@ -279,6 +279,12 @@ class Session:
         else:
             log.info("late: %s", type(message).__name__)
 
+    def put_back(self) -> None:
+        """An offer that was heard, where an interrupt came before it was answered: to be heard again."""
+        opener, self.link.rounds.opener = self.link.rounds.opener, None
+        if opener is not None:
+            self.link.push_back(opener)
+
     def call_task(
         self,
         task: m.Task,
@@ -295,6 +301,7 @@ class Session:
         """
         deadline = time.monotonic() + timeout_s
         with contextlib.ExitStack() as stack:
+            stack.callback(self.put_back)
             keys = None if isinstance(self.link, Loopback) else self.link.keys
             client = (
                 stack.enter_context(Client(self.link.address, job=self.link.job, keys=keys)) if lead else None
@@ -365,6 +372,8 @@ class Session:
                     deadline = time.monotonic() + POLL_S
         except HubLost as lost:
             log.warning("%s", lost)
+        finally:
+            self.put_back()
         return None
 
     # -- a hub that is lost ------------------------------------------------------------------------
@@ -398,6 +407,7 @@ class Session:
                 return message
             if message is not None:
                 # The others have gone on to another update.
+                self.link.rounds.opener = None
                 self.link.push_back(message)
                 return None
         return None

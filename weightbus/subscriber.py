@@ -30,6 +30,7 @@ from weightbus.report import Loaded
 from weightbus.session import Session
 from weightbus.task_turn import raise_for
 from weightbus.turn import Progress
+from weightbus.wire import FromHub
 
 log = logging.getLogger("weightbus")
 
@@ -168,16 +169,20 @@ class Subscriber:
         if self._session.origin is not None:
             # This process is a trainer rank too: its publisher's calls carry the server's part.
             return False
+        try:
+            return self._take(self._hear(timeout_s))
+        finally:
+            self._session.put_back()  # an interrupt, or an agreement that raises, loses no offer
+
+    def _hear(self, timeout_s: float) -> FromHub | None:
         message = self._session.receive(timeout_s)
         if self._agree is not None:
-            try:
-                waiting = self._agree(isinstance(message, m.Offer | m.TaskOffer))
-            except BaseException:
-                if message is not None:
-                    self._session.link.push_back(message)  # the next poll takes part
-                raise
+            waiting = self._agree(isinstance(message, m.Offer | m.TaskOffer))
             if waiting and message is None:
                 message = self._session.receive(30.0)
+        return message
+
+    def _take(self, message: FromHub | None) -> bool:
         match message:
             case m.Offer():
                 self._session.follow(message, Progress())
