@@ -1,11 +1,12 @@
-"""Two checkouts beside each other, in turns: small updates, the hub with many ranks, and how soon a death is known.
+"""Two checkouts beside each other, in turns: small updates, many ranks, and how soon a death is known.
 
     git worktree add --detach ../other COMMIT
     python benchmarks/transports.py --other ../other --json benchmarks/results/transports-cpu.json
 
-Each pair runs both checkouts, the second one first in every other pair. One run: planned updates of 1 MB on gloo from one
-trainer rank to one and to two replicas of one rank; simulated ranks (simulated.py of that checkout); and a server rank
-that is killed, until the hub's status does not have it any more. The hub of each is that of its checkout.
+Each pair runs both checkouts, the second one first in every other pair. One run: planned updates of 1 MB on
+gloo from one trainer rank to one and to two replicas of one rank; simulated ranks (simulated.py of that
+checkout); and a server rank that is killed, until the hub's status does not have it any more. The hub of each
+is that of its checkout.
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ class Guard:
         self._connections: dict[int, Connection] = {}
         self._of: dict[bytes, Connection] = {}
         self._heard_by: Counter[str] = Counter()
+        self._of_members = 0
         self._size = 0
         where = f"inproc://guard-{id(self)}"
         watched.monitor(where, _EVENTS)
@@ -151,6 +152,7 @@ class Guard:
 
     def _is_of(self, connection: Connection, peer: str) -> None:
         former, connection.peer = connection.peer, peer
+        self._of_members += bool(peer) - bool(former)
         if former:
             self._heard_by[former] -= 1
             if self._heard_by[former] <= 0:
@@ -233,8 +235,8 @@ class Guard:
         return min(surplus, len(strangers))
 
     def is_full(self) -> bool:
-        """Whether connections take so many descriptors that no further member is let in."""
-        return len(self._connections) > _room() * 3 // 4
+        """Whether members' connections take so many descriptors that no further member is let in."""
+        return self._of_members > _room() * 3 // 4
 
     def shut(self, connection: Connection) -> None:
         with contextlib.suppress(OSError):

@@ -70,6 +70,9 @@ MAX_RANK_S = 86400.0
 STATUS_S = 0.25
 MANY_PEERS = 256
 
+# What one beat adds to a count at most, whatever it says.
+MAX_STALE = 1 << 20
+
 # Descriptors that a hub process takes, if it may: three for each rank, and some.
 MAX_DESCRIPTORS = 1 << 16
 
@@ -412,7 +415,7 @@ class Hub:
         self._guard.heard(identity, beat.peer)
         peer.heard = now
         peer.state, peer.version = beat.state, beat.version
-        self.counts["stale"] += max(0, beat.stale - peer.stale)
+        self.counts["stale"] += min(max(0, beat.stale - peer.stale), MAX_STALE)
         peer.stale = beat.stale
         return self._alive(job, beat.peer)
 
