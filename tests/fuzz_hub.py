@@ -4,9 +4,11 @@
     python tests/fuzz_hub.py --messages 100000 --coverage
 
 First a session of real ranks and a client is recorded at one hub; then another hub is sent messages, half of
-them valid msgpack mutated from that record (or played again), half of them broken in other ways, while a
-trainer and a server update and check through it without a pause. Idle, garbage and never-reading connections
-are kept open meanwhile. Exits with 1 if an update or check fails, the hub ends, or its memory grows.
+them valid msgpack mutated from that record (or played again), half of them broken in other ways, and every
+twentieth is a raw connection: ZMTP of every version by hand, or HTTP, which a ``weightbus http`` beside the hub
+gets, too. Meanwhile a trainer and a server update and check through it without a pause, as they did alone
+before. Idle, garbage and never-reading connections are kept open. Exits with 1 if an update or check fails, the
+hub ends, its memory grows, or updates become slow.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import threading
 import time
 from pathlib import Path
 
+import raw_sockets
 import torch
 import zmq
 from mutations import broken, structured
@@ -37,10 +40,29 @@ from weightbus.hub import Hub
 from weightbus.start import listens
 
 ROOT = Path(__file__).parent.parent
-HANDLERS = ("hub", "wire", "protocol", "roster", "requests", "rebuild", "rendezvous", "overview", "guard")
+HANDLERS = (
+    "hub",
+    "wire",
+    "protocol",
+    "roster",
+    "requests",
+    "rebuild",
+    "rendezvous",
+    "overview",
+    "guard",
+    "unfinished",
+    "tasks",
+)
 
 # Of eight connections that send, so many read what they are answered.
 READERS = 6
+
+# One of so many is a connection by hand.
+RAW_EACH = 20
+
+# What the attack may cost: the hub's memory, and the median of an update.
+MAX_GROWN_MB = 64
+MAX_SLOWER = 3
 
 # A server that has imported torch once and forks.
 _context = multiprocessing.get_context("forkserver")
@@ -59,7 +81,7 @@ def trainer(address, stop, results):
                 tensor.fill_(version)
             try:
                 report = publisher.update(version)
-                seconds.append(report.seconds)
+                seconds.append((time.time(), report.seconds))
                 if version % 5 == 0 and not publisher.check().ok:
                     failures.append(f"check {version}")
                 publisher.poll()
@@ -161,6 +183,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alone-s", type=float, default=20.0, help="seconds of updates before")
     parser.add_argument("--coverage", action="store_true", help="branch coverage of the hub's handlers")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -168,6 +191,7 @@ def main():
     recorded, kinds = record()
     print(f"recorded {len(kinds)} kinds of messages: {', '.join(kinds)}", flush=True)
     address = free_address()
+    http = []
     data = tempfile.mkdtemp()
     command = [sys.executable, "-m", "weightbus.hub", "--address", address]
     if args.coverage:
@@ -180,10 +204,17 @@ def main():
         with weightbus.Client(address, timeout_s=60) as client:
             while (client.status().version or 0) < 3:
                 time.sleep(0.2)
-            result = attack(address, args.messages, recorded, rng, hub, client)
+            time.sleep(args.alone_s)
+            begun, before = time.time(), resident(hub.pid)
+            result = attack(address, args.messages, recorded, rng, hub, client, serve_http(address, http))
+            ended = time.time()
             done = loop.end()
-            result |= summary(done, client.status())
+            result |= summary(done, client.status(), begun, ended)
+            result["rss_alone_mb"] = round(before / 1e6, 1)
     finally:
+        for process in http:
+            process.terminate()
+            process.wait(30)
         hub.send_signal(signal.SIGTERM)
         code = hub.wait(30)
     result |= {"recorded_kinds": kinds, "hub_exit": code, "seed": args.seed}
@@ -192,11 +223,13 @@ def main():
     print(json.dumps(result, indent=2))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-    grown = result["rss_end_mb"] - result["rss_tenth_mb"]
-    return 1 if result["loop_failures"] or result["wrong_weights"] or code or grown > 32 else 0
+    failed = result["loop_failures"] or result["wrong_weights"] or result["handler_errors"] or code
+    grown = result["rss_max_mb"] - result["rss_alone_mb"]
+    slower = result["loop_p50_ms"] / result["alone_p50_ms"]
+    return 1 if failed or grown > MAX_GROWN_MB or slower > MAX_SLOWER else 0
 
 
-def attack(address, count, recorded, rng, hub, client):
+def attack(address, count, recorded, rng, hub, client, http):
     """Send ``count`` messages over several connections, of which some read, some do not."""
     context = zmq.Context()
 
@@ -210,8 +243,15 @@ def attack(address, count, recorded, rng, hub, client):
     opened = nuisances(address)
     before = client.status().counts
     rss, begun, valid, cut, deaf = [resident(hub.pid)], time.monotonic(), 0, 0, 0
-    tenth = 0
+    tenth = raw = 0
+    host, port = address.removeprefix("tcp://").split(":")
     for number in range(count):
+        if number % RAW_EACH == 0:
+            raw += 1
+            to_http = http and rng.random() < 0.3
+            sent = raw_sockets.http(rng) if rng.random() < 0.5 or to_http else raw_sockets.zmtp(rng, recorded)
+            raw_sockets.connect(("127.0.0.1", http) if to_http else (host, int(port)), sent)
+            continue
         make = structured if number % 2 else broken
         valid += number % 2
         which = rng.randrange(len(sockets))
@@ -257,6 +297,7 @@ def attack(address, count, recorded, rng, hub, client):
     return {
         "messages": count,
         "of_them_valid_msgpack": valid,
+        "of_them_raw_connections": raw,
         "over_long": cut,
         "connections_that_never_read_and_were_cut": deaf,
         "seconds": round(seconds, 1),
@@ -268,12 +309,28 @@ def attack(address, count, recorded, rng, hub, client):
     }
 
 
-def summary(done, status):
-    seconds, failures, version = done["trainer"]
+def serve_http(address, started):
+    """The port of ``weightbus http`` beside the hub."""
+    port = int(free_address().rsplit(":", 1)[1])
+    command = [sys.executable, "-m", "weightbus", "http", "--hub", address, "--port", str(port)]
+    started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    deadline = time.monotonic() + 60
+    while not listens(f"tcp://127.0.0.1:{port}"):
+        if time.monotonic() > deadline:
+            raise SystemExit("weightbus http did not begin")
+        time.sleep(0.2)
+    return port
+
+
+def summary(done, status, begun, ended):
+    times, failures, version = done["trainer"]
     _, wrong, _ = done["server"]
-    ordered = sorted(seconds)
+    ordered = sorted(seconds for at, seconds in times if begun <= at <= ended)
+    alone = sorted(seconds for at, seconds in times if at < begun)[2:]
     return {
-        "loop_updates": len(seconds),
+        "alone_updates": len(alone),
+        "alone_p50_ms": round(statistics.median(alone) * 1e3, 2),
+        "loop_updates": len(ordered),
         "loop_failures": failures,
         "wrong_weights": wrong,
         "loop_version": version,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -10,10 +11,11 @@ import sys
 import time
 
 import pytest
+import raw_sockets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import Crowd
-from test_hub import Stage, crowd, stage, update  # noqa: F401
+from test_hub import PAYLOADS, crowd, stage, update  # noqa: F401
 from test_protocol import Room
 from test_tasks import Desk
 
@@ -43,6 +45,20 @@ def test_connections_of_old_protocols_are_read_and_forgotten(stage, crowd, greet
         for _ in range(3):
             old.sendall(greeting)
             assert update(crowd, stage.hub.coordinator.committed + 2)[0].ok
+    assert stage.hub.counts["errors"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_connections_by_hand_hinder_nobody(stage, crowd, seed):  # noqa: F811
+    """Greetings of every ZMTP, frames that boast, HTTP: a short run of what fuzz_hub.py does at length."""
+    host, port = stage.address.removeprefix("tcp://").split(":")
+    rng = random.Random(seed)
+    for number in range(100):
+        sent = raw_sockets.zmtp(rng, PAYLOADS) if number % 4 else raw_sockets.http(rng)
+        raw_sockets.connect((host, int(port)), sent)
+        if number % 20 == 0:
+            assert update(crowd, number + 1)[0].ok
+    assert update(crowd, 1000)[0].ok
     assert stage.hub.counts["errors"] == 0
 
 
