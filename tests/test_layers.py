@@ -37,6 +37,8 @@ LAYERS = {
         "bucket",
         "trace",
         "torch_trace",
+        "torch_taint",
+        "torch_owners",
         "hook",
         "install",
         "glance",

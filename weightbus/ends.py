@@ -26,6 +26,7 @@ from weightbus.reads import Inputs
 from weightbus.saved_names import modules_of
 from weightbus.sketch import sketch_of
 from weightbus.spec import Spec
+from weightbus.torch_owners import Owners
 
 log = logging.getLogger("weightbus")
 
@@ -106,8 +107,20 @@ class Origin(_End):
 
     def __init__(self, source: Source, name_of: Callable[[str], str | None] | None = None) -> None:
         super().__init__(source, name_of=name_of)
+        pairs = not isinstance(self.source, nn.Module | Mapping)
+        self._owners = Owners(self.layout.watch.named if pairs else ())
         self._told: tuple[Layout, dict[tuple[str, ...] | None, tuple[bytes, str]]] = self.layout, {}
         self._frozen: Frozen | None = None
+
+    def refresh(self, *, in_place: bool = False) -> bool:
+        """As of both ends. Raises SpecError for pairs whose modules have gone on with other memory."""
+        if (moved := self._owners.moved()) is not None:
+            name, owner = moved
+            raise SpecError(
+                f"{name}: expected the memory of {owner}, of which the source's (name, tensor) pair was taken, "
+                f"got memory that it has given up, with old weights; publish the module, or new pairs"
+            )
+        return super().refresh(in_place=in_place)
 
     def frozen(self, where: Where) -> Frozen:
         """Memory for a copy of the source, kept as long as the layout is the same."""
@@ -336,6 +349,8 @@ class Destination(_End):
 
     def before(self, version: int | None) -> None:
         """An update is about to start: the engine stops using the weights."""
+        if self._last is not None:
+            self._last[0].begin()
         self._before = self.state
         self.state = "updating"
         if self._on_update:

@@ -78,7 +78,8 @@ class Target:
         self.unfed: dict[str, str] = {}
         self._hooks: dict[str, Hook] = {}
         self._fills: list[tuple[str, Fill]] = []  # of load_weights, which writes them once for all tensors
-        self._untraced: dict[str, str] = {}  # prefixes of modules with load_weights, and why
+        # Prefixes of modules with load_weights, why, and which parameters it writes to, if that is known.
+        self._untraced: dict[str, tuple[str, frozenset[str] | None]] = {}
         self._covered: set[str] = set()  # names that hooks write in full
         self._declared = {"local": tuple(local), "derived": tuple(derived)}
         fed: dict[str, str] = {}
@@ -158,7 +159,12 @@ class Target:
         self._hooks |= hooks
         self._fills += [(name, fill) for name, effect in loading.effects.items() for fill in effect.fills]
         if loading.opaque:
-            self._untraced[prefix] = next(iter(loading.opaque.values()))
+            self._untraced[prefix] = next(iter(loading.opaque.values())), loading.written
+
+    def begin(self) -> None:
+        """An update of these destinations starts."""
+        for hook in self.hooks.values():
+            hook.begin()
 
     def _are_tied(self, one: str, other: str) -> bool:
         return one in self.ties and self.ties[one] == self.ties.get(other)
@@ -200,7 +206,14 @@ class Target:
             if written == whole.volume:
                 self._covered.add(name)
                 continue
-            untraced = next((why for p, why in self._untraced.items() if name.startswith(p)), None)
+            untraced = next(
+                (
+                    why
+                    for p, (why, written) in self._untraced.items()
+                    if name.startswith(p) and (written is None or name in written)
+                ),
+                None,
+            )
             if (word := self._declaration(name)) is not None:
                 self.exempt[name] = word
             elif untraced is not None:

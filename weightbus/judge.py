@@ -54,7 +54,8 @@ def compare_folds(
                 wrong.add((fold.job, fold.group))
     for job in range(jobs):
         live = [(peer, fold) for peer in members for fold in dones[peer].live if fold.job == job]
-        if live and not any(fold.nbytes for _, fold in live):
+        # Where all is behind loading code that can't be traced, nothing is said to be proved.
+        if live and not any(fold.nbytes for _, fold in live) and not any(d.partial for d in dones.values()):
             text = "expected bytes to digest, got none on any server rank: that proves nothing"
             complaints.append((members[live[0][0]], text))
     return sorted(wrong), complaints

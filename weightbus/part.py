@@ -54,10 +54,23 @@ def check_plain(name: str, tensor: Tensor) -> None:
     if tensor.is_conj() or tensor.is_neg():
         # Their bytes are not their values.
         raise SpecError(f"{name}: expected a materialised tensor, got a lazy conjugate or negative view")
+    if tensor.numel():
+        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+        if (held := tensor.untyped_storage().nbytes()) < needed:
+            raise SpecError(
+                f"{name}: expected storage of at least {needed} bytes, got one of {held}: it was given up, as "
+                f"FSDP2 gives up what it gathered; pass the module itself, or its tensors as they are now"
+            )
 
 
 def plain_view(tensor: Tensor) -> Tensor:
-    """The same storage as a base-class tensor without autograd."""
+    """The same storage as a base-class tensor without autograd, that may be written in any mode."""
+    if tensor.is_inference():
+        # Its views may be written in inference mode only; what has the same storage may always.
+        with torch.inference_mode(False):
+            view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            return view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     view = tensor.detach()
     return view if type(view) is Tensor else view.as_subclass(Tensor)
 

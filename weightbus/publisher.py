@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, SupportsIndex, overload
 
+import torch
+
 from weightbus import messages as m
 from weightbus.box import Box
 from weightbus.ends import Origin
@@ -73,6 +75,7 @@ class Publisher:
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         source: Source,
@@ -156,6 +159,7 @@ class Publisher:
         self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: Literal[False]
     ) -> Future[Report]: ...
 
+    @torch.inference_mode(False)
     def update(
         self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: bool = True
     ) -> Report | Future[Report]:
@@ -251,6 +255,7 @@ class Publisher:
         self._tasks += outcome.tasks
         return report
 
+    @torch.inference_mode(False)
     def poll(self) -> bool:
         """Run what a client has asked for (``weightbus update``, ``check``, ``set-version``); whether one did.
 
@@ -287,6 +292,7 @@ class Publisher:
         finally:
             self._task = ""
 
+    @torch.inference_mode(False)
     def check(self) -> Verdict:
         """Digest every live shard of the servers, and compare with the committed versions' sums.
 
@@ -327,6 +333,7 @@ class Publisher:
             digest_s=outcome.digest_s,
         )
 
+    @torch.inference_mode(False)
     def save(
         self,
         path: str | Path,

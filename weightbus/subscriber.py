@@ -73,6 +73,7 @@ class Subscriber:
     Raises HubError if no hub answers in ``connect_timeout_s`` or it refuses this rank.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         target: Source,
@@ -159,6 +160,7 @@ class Subscriber:
         """Whether the trainer job has left, as ``poll`` has seen."""
         return self._left
 
+    @torch.inference_mode(False)
     def poll(self, timeout_s: float = 0.0) -> bool:
         """Take part in an update, check, load or probe if one waits; whether one did.
 
@@ -200,6 +202,7 @@ class Subscriber:
                 log.info("late: %s", type(message).__name__)
         return False
 
+    @torch.inference_mode(False)
     def update_from_disk(
         self,
         path: str | Path,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightbus.box import Box
-from weightbus.torch_trace import _Recorder, _storage, _view
-from weightbus.trace import Grid, Piece, Untraceable, View, pieces_of
+from weightbus.torch_trace import _Recorder, _view
+from weightbus.trace import Grid, Piece, Untraceable
 
 _aten = torch.ops.aten
 
@@ -44,15 +43,6 @@ class Move:
         return Box(tuple(offsets), tuple(sizes)), part.as_strided(sizes, strides, part.storage_offset())
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One of the tensors that were joined. box: where it lies. axis: the one that it lacks; -1 is none."""
-
-    tensor: Tensor
-    box: Box
-    axis: int
-
-
 def trace_conversion(
     run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], wires: Mapping[str, tuple[Sequence[int], str]]
 ) -> dict[str, tuple[tuple[int, ...], str, list[Move]]]:
@@ -80,34 +70,10 @@ def trace_conversion(
 
 
 class _Joins(_Recorder):  # type: ignore[no-untyped-call]
-    """Writes down what was joined, and where the pieces of a tensor come from."""
+    """Says where the pieces of a tensor come from."""
 
     def __init__(self, wires: Mapping[str, Tensor]) -> None:
         super().__init__(wires, {}, False, {})
-        self._joins: dict[int, list[_Part]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in (_aten.cat.default, _aten.stack.default) and any(map(self._known, args[0])):
-            result = func(*args, **(kwargs or {}))
-            dim = int(args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)) % result.dim()
-            self._join(result, args[0], dim, lacks=func is _aten.stack.default)
-            return result
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _join(self, result: Tensor, tensors: Sequence[Tensor], dim: int, *, lacks: bool) -> None:
-        parts, at = [], 0
-        for tensor in tensors:
-            if not self._known(tensor) or tensor.dtype != result.dtype:
-                raise Untraceable("it joins weights with what is none, or of another dtype")
-            size = 1 if lacks else tensor.shape[dim] if tensor.dim() == result.dim() else 0
-            offsets, sizes = [0] * result.dim(), list(result.shape)
-            offsets[dim], sizes[dim] = at, size
-            parts.append(_Part(tensor, Box(tuple(offsets), tuple(sizes)), dim if lacks else -1))
-            at += size
-        self._joins[_storage(result)] = parts
-        self._sources[_storage(result)] = result, None
 
     def moves(self, tensor: Tensor) -> list[Move]:
         """Where all of a tensor comes from. Raises Untraceable where a part of it does not."""
@@ -124,35 +90,6 @@ class _Joins(_Recorder):  # type: ignore[no-untyped-call]
         if sum(move.target.volume for move in found) != tensor.numel():
             raise Untraceable("it leaves elements out")
         return found
-
-    def _pieces(self, source: Tensor, target: View, dtype: torch.dtype, grid: Grid) -> list[Piece]:
-        parts = self._joins.get(_storage(source))
-        if parts is None:
-            return super()._pieces(source, target, dtype, grid)
-        held, _ = self._sources[_storage(source)]
-        found = []
-        for piece in pieces_of(_view(source), Grid.like(held), target, grid):
-            for part in parts:
-                inner = piece.box.intersect(part.box)
-                if inner is None:
-                    continue
-                view = piece.view.sub(Box(*_less(inner, piece.box)))
-                index = list(inner.within(part.box))
-                if part.axis >= 0:
-                    del index[part.axis]
-                    kept = [axis for axis in range(len(view.sizes)) if axis != part.axis]
-                    view = View(
-                        tuple(view.sizes[axis] for axis in kept),
-                        tuple(view.strides[axis] for axis in kept),
-                        view.offset,
-                    )
-                found += self._pieces(part.tensor[tuple(index)], view, dtype, grid)
-        return found
-
-
-def _less(inner: Box, outer: Box) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets in ``outer``, and sizes."""
-    return tuple(o - base for o, base in zip(inner.offsets, outer.offsets, strict=True)), inner.sizes
 
 
 def _moves(piece: Piece, grid: Grid) -> list[Move]:

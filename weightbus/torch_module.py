@@ -239,6 +239,7 @@ class Watch:
         self._places = [_Places.of(sharded, tensors) for sharded in (False, True)]
         self._addresses = [Addresses(places.now()) for places in self._places]
         self.tensors = [tensor for _, tensor in tensors]
+        self.named = list(tensors)
 
     def changed(self) -> str | None:
         """Name of a tensor that has ``moved``, or that lies at the same address with another shape, strides or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from weightbus.box import Box, overlap
-from weightbus.trace import Effect, Grid, Overwritten, Piece, Untraceable, View, fills_of, pieces_of
+from weightbus.trace import Effect, Fault, Grid, Overwritten, Piece, Untraceable, View, fills_of, pieces_of
 
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
+_EMPTIES = (
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.empty_strided.default,
+    _aten.new_empty_strided.default,
+)
 _FILLS = (_aten.fill_.Scalar, _aten.zero_.default)
 
 
@@ -68,10 +75,13 @@ def trace_many(
     except Untraceable:
         raise
     except Exception as error:
-        raise Untraceable(f"on a tensor without data it raised {type(error).__name__}: {error}") from error
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, NotImplementedError) or "meta" in text.lower():
+            raise Untraceable(f"on a tensor without data it raised {text}") from error
+        raise Fault(f"it raised {text}") from error
     for name, tensor in stand_ins.items():
         if recorder.names.get(_storage(tensor)) != name:
-            raise Untraceable(f"it gives {name} another storage")
+            raise Fault(f"it gives {name} another storage, where what reads the old one would go on")
     boxes: dict[str, list[Box]] = {}
     for piece in (piece for effect in recorder.effects.values() for piece in effect.pieces):
         boxes.setdefault(piece.wire, []).append(piece.box)
@@ -91,6 +101,15 @@ def _stand_in(name: str, parameter: Tensor) -> Tensor:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One of the tensors that were joined. box: where it lies. axis: the one that it lacks; -1 is none."""
+
+    tensor: Tensor
+    box: Box
+    axis: int
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -114,6 +133,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sources: dict[int, tuple[Tensor, Tensor | None]] = {
             _storage(wire): (wire, None) for wire in wires.values()
         }
+        # By storage: what was put together of several tensors, at once or in pieces; and what was made for it.
+        self._joins: dict[int, list[_Part]] = {}
+        self._scratch: dict[int, Tensor] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -127,8 +149,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = [tensor for tensor in tensors if self._known(tensor)]
         if func is _aten.copy_.default and known:
-            self._copy(args[0], args[1])
+            if _storage(args[0]) in self._scratch:
+                self._collect(args[0], args[1])
+            else:
+                self._copy(args[0], args[1])
             return args[0]
+        if func in (_aten.cat.default, _aten.stack.default) and any(map(self._known, args[0])):
+            result = func(*args, **kwargs)
+            dim = int(args[1] if len(args) > 1 else kwargs.get("dim", 0)) % result.dim()
+            self._join(result, args[0], dim, lacks=func is _aten.stack.default)
+            return result
         if func in _FILLS and known:
             self._fill(args[0], float(args[1]) if len(args) > 1 else 0.0)
             return args[0]
@@ -139,6 +169,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             copy = func(*args, **kwargs)
             self._sources[_storage(copy)] = copy, args[0]
             return copy
+        if func in _EMPTIES:
+            result = func(*args, **{**kwargs, "device": torch.device("meta"), "pin_memory": None})
+            self._scratch[_storage(result)] = result
+            return result
         if func._schema.is_mutable and tensors:
             raise Untraceable(f"it changes tensors by {func}")
         result = func(*args, **kwargs)
@@ -174,6 +208,37 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
         self.effects[name] = effect.copied([piece for piece in pieces if not self._again(piece, effect)])
 
+    def _join(self, result: Tensor, tensors: Sequence[Tensor], dim: int, *, lacks: bool) -> None:
+        parts, at = [], 0
+        for tensor in tensors:
+            if not self._known(tensor) or tensor.dtype != result.dtype:
+                raise Untraceable("it joins weights with what is none, or of another dtype")
+            size = 1 if lacks else tensor.shape[dim] if tensor.dim() == result.dim() else 0
+            offsets, sizes = [0] * result.dim(), list(result.shape)
+            offsets[dim], sizes[dim] = at, size
+            parts.append(_Part(tensor, Box(tuple(offsets), tuple(sizes)), dim if lacks else -1))
+            at += size
+        self._joins[_storage(result)] = parts
+        self._sources[_storage(result)] = result, None
+
+    def _collect(self, view: Tensor, source: Tensor) -> None:
+        """A copy into memory that the loading code has made itself, to be copied on from there."""
+        if _storage(source) not in self._sources:
+            raise Untraceable("it puts weights together with what is none")
+        if source.dtype != view.dtype:
+            raise Untraceable(f"it casts from {source.dtype} to {view.dtype} on the way")
+        scratch = self._scratch[_storage(view)]
+        found = pieces_of(_view(view), Grid.like(scratch), _view(view), Grid.like(scratch))
+        if len(found) != 1 or found[0].box.sizes != tuple(view.shape):
+            raise Untraceable("it puts weights together in scattered pieces")
+        box = found[0].box
+        parts = [part for part in self._joins.get(_storage(view), []) if box.intersect(part.box) != part.box]
+        if overlap([part.box for part in parts], [box]):
+            raise Untraceable("it puts weights together in pieces that overlap")
+        # What was copied on from there so far is written down already.
+        self._joins[_storage(view)] = [*parts, _Part(source.expand(view.shape), box, -1)]
+        self._sources[_storage(view)] = scratch, None
+
     def _again(self, piece: Piece, effect: Effect) -> bool:
         """Whether a name that is tied to this one's has written the same there."""
         tie = self._ties.get(piece.wire)
@@ -193,6 +258,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held, origin = self._sources[_storage(source)]
         if source.dtype != dtype and not self._allow_casts:
             raise Untraceable(f"it casts from {source.dtype} to {dtype}")
+        if (parts := self._joins.get(_storage(source))) is not None:
+            return self._joined(parts, source, target, dtype, grid)
         pieces = pieces_of(_view(source), Grid.like(held), target, grid)
         if origin is None:
             wire = self._wires[_storage(source)]
@@ -204,6 +271,39 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             inner = origin[tuple(slice(o, e) for o, e in zip(piece.box.offsets, piece.box.ends, strict=True))]
             found += self._pieces(inner, piece.view, dtype if self._allow_casts else held.dtype, grid)
         return found
+
+    def _joined(
+        self, parts: Sequence[_Part], source: Tensor, target: View, dtype: torch.dtype, grid: Grid
+    ) -> list[Piece]:
+        """As ``_pieces``, of what was put together."""
+        held, _ = self._sources[_storage(source)]
+        found = []
+        for piece in pieces_of(_view(source), Grid.like(held), target, grid):
+            lacking = piece.box.volume
+            for part in parts:
+                inner = piece.box.intersect(part.box)
+                if inner is None:
+                    continue
+                lacking -= inner.volume
+                view = piece.view.sub(Box(*_less(inner, piece.box)))
+                index = list(inner.within(part.box))
+                if part.axis >= 0:
+                    del index[part.axis]
+                    kept = [axis for axis in range(len(view.sizes)) if axis != part.axis]
+                    view = View(
+                        tuple(view.sizes[axis] for axis in kept),
+                        tuple(view.strides[axis] for axis in kept),
+                        view.offset,
+                    )
+                found += self._pieces(part.tensor[tuple(index)], view, dtype, grid)
+            if lacking:
+                raise Untraceable("it copies elements on that it has not set")
+        return found
+
+
+def _less(inner: Box, outer: Box) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets in ``outer``, and sizes."""
+    return tuple(o - base for o, base in zip(inner.offsets, outer.offsets, strict=True)), inner.sizes
 
 
 def _view(tensor: Tensor) -> View:

@@ -19,7 +19,11 @@ class Untraceable(Exception):
     """Why a hook's effect can't be written as boxes; never leaves this package."""
 
 
-class Overwritten(Untraceable):
+class Fault(Untraceable):
+    """What loading code does with any tensors, with data too: an update by it is refused."""
+
+
+class Overwritten(Fault):
     """Two wire tensors are written to the same elements: which of them counts is not to be guessed."""
 
 
