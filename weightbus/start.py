@@ -7,13 +7,22 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from pathlib import Path
 
 from weightbus.errors import HubError
 from weightbus.hub import DEAD_AFTER_S
 from weightbus.keys import Keys, host_and_port
 
 START_HUB_S = 30.0
+
+# ``-m`` and ``-c`` look into the current directory first, where others may have put what they like. Here only
+# what this process itself imports from counts, and weightbus's own place comes last.
+_LAUNCH = (
+    "import sys; sys.path[:] = [p for p in sys.path if p] + [sys.argv.pop(1)]; "
+    "from weightbus.hub import main; sys.exit(main())"
+)
 
 
 def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S, keys: Keys | None = None) -> None:
@@ -28,7 +37,8 @@ def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S, keys: Keys |
         return
     if keys.client and not keys.hub_secret:
         raise HubError(f"no hub listens at {address}, and this rank has no hub.secret to start one with")
-    command = [sys.executable, "-m", "weightbus.hub", "--address", address, "--ephemeral"]
+    root = str(Path(__file__).resolve().parent.parent)
+    command = [sys.executable, "-c", _LAUNCH, root, "--address", address, "--ephemeral"]
     command += ["--dead-after", str(dead_after_s)]
     if keys.insecure:
         command.append("--insecure")
@@ -60,6 +70,8 @@ def ensure_hub(address: str, *, dead_after_s: float = DEAD_AFTER_S, keys: Keys |
                 hub.kill()
                 raise HubError(f"the hub started at {address} did not listen within {START_HUB_S:.0f} s")
             time.sleep(0.02)
+    # Reaps it, if it ends before this process, and keeps Python from warning of a process that still runs.
+    threading.Thread(target=hub.wait, name="weightbus-hub-wait", daemon=True).start()
 
 
 def listens(address: str) -> bool:
