@@ -73,6 +73,7 @@ LAYERS = {
         "protocol",
         "rendezvous",
         "overview",
+        "roles",
         "door",
         "guard",
         "unfinished",

@@ -10,6 +10,10 @@ from zmq.utils import z85
 
 from weightbus.errors import HubError
 from weightbus.keys import Keys
+from weightbus.roles import KEY_ROLES
+
+# ZeroMQ carries no empty user id.
+ANY_ROLE = "any"
 
 log = logging.getLogger("weightbus.hub")
 
@@ -48,8 +52,8 @@ class Door:
         if len(frames) == 7 and version == b"1.0" and frames[5] == b"CURVE" and len(frames[6]) == 32:
             public = z85.encode(frames[6]).decode()
             try:
-                if public in self._keys.admits():
-                    code, text, user = b"200", b"OK", public.encode()
+                if (role := self._keys.roles().get(public)) is not None:
+                    code, text, user = b"200", b"OK", _user(role)
             except HubError as error:  # the list can't be read just now
                 log.error("%s", error)
                 code, text = b"300", b"try again"
@@ -59,3 +63,8 @@ class Door:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def _user(role: str) -> bytes:
+    """What the socket gives as the user id of each message; a word that is no role gives no rights."""
+    return (role if role in KEY_ROLES else "unknown").encode() if role else ANY_ROLE.encode()

@@ -25,7 +25,7 @@ import zmq
 from weightbus import asks as a
 from weightbus import messages as m
 from weightbus import wire
-from weightbus.door import Door
+from weightbus.door import ANY_ROLE, Door
 from weightbus.errors import HubError, ProtocolError
 from weightbus.guard import OVERHEAD_BYTES, Connection, Guard
 from weightbus.identity import ADDRESS_VARIABLE, address_of, host_name, is_running
@@ -33,6 +33,7 @@ from weightbus.jobs import Jobs, ServedJob
 from weightbus.keys import Keys, load_keys
 from weightbus.overview import status_of
 from weightbus.protocol import Coordinator
+from weightbus.roles import may_send
 from weightbus.roster import MAX_PEERS, Peer
 from weightbus.unfinished import MAX_IDLE_BYTES, Unfinished, check_objects
 
@@ -154,6 +155,7 @@ class Hub:
         self._statuses: dict[str, tuple[float, a.Status]] = {}
         self._slow: set[str] = set()
         self._answered: Counter[bytes] = Counter()
+        self._key_role = ""  # of the message in hand
         self._logged = 0
         self._started = time.monotonic()
         self._joined = False
@@ -315,6 +317,13 @@ class Hub:
             number = int(frame.get(zmq.SRCFD))
         except zmq.ZMQError:
             number = -1  # ZMTP 1.0 or 2.0: what comes by these is read, and forgotten
+        self._key_role = ""
+        if self._door:
+            try:
+                user = str(frame.get("User-Id"))
+                self._key_role = "" if user == ANY_ROLE else user
+            except zmq.ZMQError:
+                number = -1  # no key that the door has looked at
         frames: list[bytes] = []
         nbytes = OVERHEAD_BYTES
         while frame.more:
@@ -343,7 +352,7 @@ class Hub:
             message = wire.decode_to_hub(frames)
             job = self.jobs.get(message.job)
             in_round = job is not None and job.coordinator.round is not None
-            answer = self._handlers[type(message)](identity, message, now)
+            answer = self._handle(identity, message, now)
             if (in_round or (job is not None and job.coordinator.round is not None)) and not isinstance(
                 message, ROUTINE
             ):
@@ -357,6 +366,13 @@ class Hub:
             if job is not None:
                 answer.job = job.name
             self._answer(identity, answer)
+
+    def _handle(self, identity: bytes, message: m.Message, now: float) -> m.Message | None:
+        if not may_send(self._key_role, message):
+            self.counts["not_allowed"] += 1
+            what = f"hello of a {message.role}" if isinstance(message, m.Hello) else type(message).__name__
+            raise ProtocolError(f"{what}: not allowed with a {self._key_role}'s key; expected another role's")
+        return self._handlers[type(message)](identity, message, now)
 
     def _refused(self, identity: bytes, reason: str, of: str = "") -> m.Refused | None:
         """Counted; said to the sender unless it has been told often enough."""
@@ -479,7 +495,7 @@ class Hub:
         message = wire.decode_to_hub([wire.HEADER, whole])
         if isinstance(message, m.Piece):
             raise ProtocolError("piece: expected a message in pieces, got a piece")
-        return self._handlers[type(message)](identity, message, now)
+        return self._handle(identity, message, now)
 
     def _client_piece(self, identity: bytes, piece: m.Piece, now: float) -> m.Message | None:
         """Of a request that carries tensors. All that are not whole yet share the room of one."""
@@ -490,7 +506,7 @@ class Hub:
         message = wire.decode_to_hub([wire.HEADER, whole])
         if not isinstance(message, m.AskTask):
             raise ProtocolError(f"piece: expected a request with tensors, got {type(message).__name__}")
-        return self._ask_task(identity, message, now)
+        return self._handle(identity, message, now)
 
     def _leave(self, job: ServedJob, peer: Peer, role: str, now: float) -> None:
         if len(peer.roles) > 1 and role in peer.roles:
@@ -546,7 +562,9 @@ class Hub:
             return None
         made, status = self._statuses.get(ask.job, (0.0, None))
         if status is None or now - made > STATUS_S or ask.past:
-            counts = dict(self.counts) | {"not_allowed": self._door.refused if self._door else 0}
+            counts = dict(self.counts) | {
+                "not_allowed": self.counts["not_allowed"] + (self._door.refused if self._door else 0)
+            }
             up_s, jobs = now - self._started, self.jobs.here
             coordinator = self.jobs.find(ask.job).coordinator
             status = status_of(coordinator, ask, self.token, up_s, counts, jobs, now)

@@ -5,7 +5,7 @@ A directory of keys, as ``weightbus keygen`` makes it; a host needs only the fil
     hub.public      every end: whom it expects to answer
     client.secret   every rank and tool: who it is
     hub.secret      where the hub runs: who it is
-    allowed         where the hub runs: public keys of clients, a line each, with a name behind it
+    allowed         where the hub runs: public keys of clients, a line each: key, name, and role if it has one
 
 A key is 40 characters of Z85. ``WEIGHTBUS_KEYS`` names the directory; or ``WEIGHTBUS_HUB_PUBLIC``,
 ``WEIGHTBUS_CLIENT_SECRET``, ``WEIGHTBUS_HUB_SECRET`` and ``WEIGHTBUS_ALLOWED`` (keys apart by commas) hold
@@ -92,7 +92,14 @@ class Keys:
         """Public keys that the hub lets in; read anew, so that one can be added while the hub runs."""
         if self.directory is None:
             return frozenset(self.allowed)
-        return frozenset(_lines(_read(self.directory / "allowed")))
+        return frozenset(self.roles())
+
+    def roles(self) -> dict[str, str]:
+        """The role of each public key that is let in, as the list says it; "" for a key of any role."""
+        if self.directory is None:
+            return dict.fromkeys(self.allowed, "")
+        lines = _words(_read(self.directory / "allowed"))
+        return {words[0]: "".join(words[2:3]) for words in lines}
 
 
 def _check(key: str, name: str) -> None:
@@ -115,8 +122,12 @@ def _read(path: Path) -> str:
 
 def _lines(text: str) -> list[str]:
     """The first word of each line. ``#``, with which a key may go on but not begin, starts a comment line."""
-    words = (line.split() for line in text.splitlines())
-    return [line[0] for line in words if line and not line[0].startswith("#")]
+    return [words[0] for words in _words(text)]
+
+
+def _words(text: str) -> list[list[str]]:
+    lines = (line.split() for line in text.splitlines())
+    return [words for words in lines if words and not words[0].startswith("#")]
 
 
 def load_keys(directory: str | os.PathLike[str] | None = None, *, insecure: bool = False) -> Keys:
@@ -148,11 +159,11 @@ def load_keys(directory: str | os.PathLike[str] | None = None, *, insecure: bool
     return keys
 
 
-def generate(directory: str | os.PathLike[str], client: str = "client") -> list[Path]:
+def generate(directory: str | os.PathLike[str], client: str = "client", role: str = "") -> list[Path]:
     """Make what is missing of a hub's keys in ``directory``, and keys of one client; the files written.
 
     Never overwrites: raises HubError if the client's secret exists. The client's public key is added to
-    ``allowed``.
+    ``allowed``, with its role; without one it may do all.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -165,7 +176,7 @@ def generate(directory: str | os.PathLike[str], client: str = "client") -> list[
     public, secret = zmq.curve_keypair()
     written.append(_write(path / f"{client}.secret", secret, 0o600))
     with open(path / "allowed", "a") as allowed:
-        allowed.write(f"{public.decode()} {client}\n")
+        allowed.write(f"{public.decode()} {client} {role}".rstrip() + "\n")
     return [*written, path / "allowed"]
 
 

@@ -34,6 +34,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
     if command == "keygen":
         parser.add_argument("directory", help="where to write; made if need be")
         parser.add_argument("--client", default="client", help="name of the client whose keys are made")
+        roles = ("trainer", "server", "client", "status")
+        parser.add_argument("--role", choices=roles, default="", help="all that the key is good for; else all")
     else:
         parser.add_argument("--address", help="the hub's, tcp://host:port; else WEIGHTBUS_ADDRESS")
         parser.add_argument("--job", help="whose; else WEIGHTBUS_JOB")
@@ -68,7 +70,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if command == "keygen":
-            for path in generate(options.directory, options.client):
+            for path in generate(options.directory, options.client, options.role):
                 print(path)
             return 0
         with Client(
