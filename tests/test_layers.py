@@ -113,6 +113,7 @@ LAYERS = {
         "client",
         "report",
         "ends",
+        "baseline",
         "witness",
         "planned",
         "giving_up",

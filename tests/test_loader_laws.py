@@ -316,3 +316,18 @@ def test_pairs_that_nobody_else_holds_are_theirs():
     with weightbus.colocate(pairs, target) as pair:
         assert pair.update(1).word == "verified"
         assert pair.update(2).word == "verified"
+
+
+def test_loading_code_that_asks_for_all_of_its_tensors_gets_them():
+    def load(engine, weights):
+        found = dict(weights)
+        for name in ("a", "b", "c"):
+            getattr(engine, name).data.copy_(found[name] * 2)
+
+    sent = numbers({"a": (2,), "b": (3,), "c": (4,)})
+    engine = Engine({"a": (2,), "b": (3,), "c": (4,)}, load)
+    with weightbus.colocate(list(sent.items()), engine) as pair:
+        for version in (1, 2):
+            sent["b"].add_(version)
+            assert pair.update(version).word == "partial"
+            assert all(torch.equal(getattr(engine, name), tensor * 2) for name, tensor in sent.items())

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from weightbus.baseline import Baseline
 from weightbus.derived import Derived
 from weightbus.ends import State
 from weightbus.errors import SpecError, WeightbusError
@@ -83,6 +84,7 @@ def colocate(
     derived: Derived = (),
     require_proof: bool = False,
     example_inputs: Inputs = None,
+    baseline: Baseline | None = None,
     trust_traces: bool = False,
     on_update: Callable[[int | None], None] | None = None,
     on_commit: Callable[[int | None], None] | None = None,
@@ -96,7 +98,8 @@ def colocate(
     ranks. Collective over the ranks: rank, size default as a Publisher's. In a job of one process the two may
     also lie on different devices, and no hub is started; otherwise one is, on this host, until all ranks have
     closed, at ``address`` or at a free port that the ranks tell each other through the default group.
-    name_map, local, derived, require_proof, example_inputs, trust_traces and the callbacks are a Subscriber's;
+    name_map, local, derived, require_proof, example_inputs, baseline, trust_traces and the callbacks are a
+    Subscriber's;
     options are a Publisher's.
     Raises SpecError for a source or target that can't be moved, and for ranks with neither group nor address.
     """
@@ -122,6 +125,7 @@ def colocate(
             derived=derived,
             require_proof=require_proof,
             example_inputs=example_inputs,
+            baseline=baseline,
             trust_traces=trust_traces,
             on_update=on_update,
             on_commit=on_commit,

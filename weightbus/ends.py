@@ -45,7 +45,7 @@ class _End:
     ) -> None:
         """name_of, declared: as of ``layout_of``."""
         self.source: Source = source if _rereadable(source) else list(source)  # type: ignore[arg-type]
-        self._name_of, self._is_declared = name_of, declared
+        self._name_of, self.is_declared = name_of, declared
         self.layout: Layout = self._lay_out()
         self._records: dict[str, Record] = {}
         self._written: dict[str, int] = {}  # by module, when an update wrote it last: a count
@@ -63,7 +63,7 @@ class _End:
         return True
 
     def _lay_out(self) -> Layout:
-        return layout_of(self.source, name_of=self._name_of, declared=self._is_declared)
+        return layout_of(self.source, name_of=self._name_of, declared=self.is_declared)
 
     def changed(self) -> str | None:
         """As ``Layout.changed``; the next ``refresh`` makes the layout again."""

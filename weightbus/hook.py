@@ -273,6 +273,10 @@ def _trace_module(
                 f"(tie them on the trainer too, or let name_map give None for one of them)"
             ) from reason
         except Fault as reason:
+            if opaque:  # it misses those that it was tried without
+                text = next(iter(opaque.values()))
+                loading = Loading({}, dtypes, dict.fromkeys(given, text))
+                return _with_reach(module, given, dtypes, parameters, loading)
             tensor = f"{asked[-1]}: " if asked and asked[-1] else ""
             raise SpecError(f"{tensor}{label}: {reason}") from reason
         except Threaded as reason:
@@ -383,6 +387,13 @@ def _with_reach(
         meeting = [group for group in groups if group & needed]
         groups = [group for group in groups if not group & needed]
         groups.append(set(needed).union(*meeting))
+    if any(reach(group) is None for group in groups):
+        groups = [set(loading.opaque)]  # it asks for more than it makes something of
+        if reach(loading.opaque) is None:
+            traced = ", ".join(sorted(given.keys() - loading.opaque.keys())[:4])
+            raise SpecError(
+                f"{traced}: expected loading code that works without these, which are written directly"
+            )
     order = {wire: place for place, wire in enumerate(given)}
     return replace(
         loading,

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from weightbus import messages as m
+from weightbus.baseline import Baseline, check_baseline
 from weightbus.derived import Derived
 from weightbus.ends import Destination, State
 from weightbus.errors import WeightbusError
@@ -64,6 +65,8 @@ class Subscriber:
         on_commit (with the version: flush caches, resume), on_torn (with the error: weights are a
         mixture) or on_refused (with the error: the old weights live on). Loads from disk or from tensors
         call them too, with None where a load has no version.
+    baseline: the directory that the engine was loaded from, or a function that makes its model anew: refused,
+        with SpecError, if what is live is not what loading gives (docs/checks.md).
     agree: for engines whose steps are collective: takes this rank's "an update is waiting" and returns
         the same answer on all ranks of the replica, such as an all-reduce with MAX; so that all enter an
         update between the same two steps. Called once in each ``poll``.
@@ -90,6 +93,7 @@ class Subscriber:
         trust_traces: bool = False,
         require_proof: bool = False,
         example_inputs: Inputs = None,
+        baseline: Baseline | None = None,
         on_update: Callable[[int | None], None] | None = None,
         on_commit: Callable[[int | None], None] | None = None,
         on_torn: Callable[[WeightbusError], None] | None = None,
@@ -117,6 +121,8 @@ class Subscriber:
             on_refused=on_refused,
             cpu_group=cpu_group,
         )
+        if baseline is not None:
+            check_baseline(self._destination, baseline)
         self.rank, self.replica_size = rank_and_size(self._destination.layout, rank, replica_size)
         self.replica = replica
         self._agree = agree
