@@ -2,9 +2,10 @@
 need a C and C++17 compiler and no torch headers; where they can't be built, weightbus installs without them and
 is slower."""
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 setup(
+    packages=[*find_packages(include=["weightbus*"]), "weightbus.csrc"],
     ext_modules=[
         Extension(
             "weightbus.digest._grid61",
@@ -14,11 +15,11 @@ setup(
             optional=True,
         ),
         Extension(
-            "weightbus._addresses",
+            "weightbus.tensors._addresses",
             ["csrc/addresses.cpp"],
             extra_compile_args=["-std=c++17", "-O3"],
             optional=True,
         ),
-        Extension("weightbus._pread", ["csrc/pread.c"], optional=True),
-    ]
+        Extension("weightbus.storage._pread", ["csrc/pread.c"], optional=True),
+    ],
 )

@@ -31,7 +31,7 @@ from simulated import Crowd, enter
 from update import free_ports
 
 import weightbus
-from weightbus.start import listens
+from weightbus.control.start import listens
 
 HERE = Path(__file__).parent
 REPLICA = 8
@@ -129,7 +129,7 @@ def many_ranks(count: int, rounds: int) -> dict[str, Any]:
     root = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, "-m", "weightbus.hub", "--address", address]
-    hub = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+    hub = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)  # noqa: S603 - ours
     crowds = []
     crowd = Crowd(address)
     try:
@@ -138,7 +138,7 @@ def many_ranks(count: int, rounds: int) -> dict[str, Any]:
         for first in range(0, count, IN_ONE_PROCESS):
             command = [sys.executable, str(HERE / "simulated.py"), "--address", address, "--size", str(REPLICA)]
             ranks = f"{first}:{min(count, first + IN_ONE_PROCESS)}"
-            crowds.append(subprocess.Popen([*command, "--ranks", ranks], env=env))
+            crowds.append(subprocess.Popen([*command, "--ranks", ranks], env=env))  # noqa: S603 - ours
         begun = time.monotonic()
         with weightbus.Client(address) as client:
             while len(client.status(0).peers) < count:

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from shapes import MODELS
 
-from weightbus.box import Box
 from weightbus.digest import STABLE_SEED, Digester
 from weightbus.digest.cpu import CpuSums
 from weightbus.digest.reference import ReferenceSums
-from weightbus.part import Part
-from weightbus.spec import Spec
+from weightbus.memory.shard import Part
+from weightbus.planning.box import Box
+from weightbus.planning.spec import Spec
 
 GIB = 1 << 30
 QWEN = MODELS["qwen3-8b"]

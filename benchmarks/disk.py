@@ -36,11 +36,12 @@ from timing import timings
 from torch import Tensor, nn
 
 import weightbus
-from weightbus.digest_files import digest_files
-from weightbus.digest_list import NAME as LIST
-from weightbus.digest_list import saved_of
-from weightbus.disk import stored_tensors
-from weightbus.reading import BUFFER_BYTES, READERS
+from weightbus.storage.digest_list import NAME as LIST
+from weightbus.storage.digest_list import saved_of
+from weightbus.storage.disk import stored_tensors
+from weightbus.storage.ranges import BUFFER_BYTES
+from weightbus.storage.reading import READERS
+from weightbus.tools.digest_files import digest_files
 
 FILE_BYTES = 512 << 20
 
@@ -224,7 +225,8 @@ def main() -> int:
     args.port = free_port()
     args.address = f"tcp://127.0.0.1:{free_port()}"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    hub = subprocess.Popen([sys.executable, "-m", "weightbus.hub", "--address", args.address])
+    command = [sys.executable, "-m", "weightbus.hub", "--address", args.address]
+    hub = subprocess.Popen(command)  # noqa: S603 - ours
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     try:

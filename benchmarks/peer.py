@@ -34,7 +34,7 @@ from torch import Tensor
 from update import drawn, free_ports, next_answer
 
 import weightbus
-from weightbus import ipc
+from weightbus.memory import export
 
 RAW, COPY = "raw broadcast of one buffer", "one copy of one buffer"
 UPDATE, VERIFIED = "update", "update, verified"
@@ -101,9 +101,9 @@ class Rank:
             torch.cuda.set_device(self.device)
         tensors = dict(self._tensors(case))
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        kept = ipc.device_id
+        kept = export.device_id
         if case.kernel:
-            ipc.device_id = lambda device: "one GPU, as far as copies go"
+            export.device_id = lambda device: "one GPU, as far as copies go"
         end = self._end(tensors)
         version = 0
 
@@ -115,7 +115,8 @@ class Rank:
                     pass
                 return 0.0
             report = end.update(version, verify=verify)
-            assert (report.route, report.word) == ("peer", "verified" if verify else "unverified"), report
+            if (report.route, report.word) != ("peer", "verified" if verify else "unverified"):
+                raise SystemExit(f"expected an update by the peer route, got {report}")
             return float(report.seconds)
 
         runs: dict[str, Callable[[], float]] = {
@@ -171,7 +172,7 @@ class Rank:
             rows += self._beside_gemms(case, {name: runs[name] for name in (RAW, UPDATE, VERIFIED)})
         self._both(0.0)
         end.close()
-        ipc.device_id = kept
+        export.device_id = kept
         self._both(0.0)
         return rows
 

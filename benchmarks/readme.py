@@ -1,6 +1,7 @@
-"""Writes the figures of README.md from benchmarks/results/, between its two marks; ``--check`` only compares.
+"""Writes the figures of README.md and docs/performance.md from benchmarks/results/, between their two marks.
 
 python benchmarks/readme.py
+python benchmarks/readme.py --check          # only compares
 python benchmarks/readme.py --plot benchmarks/results/update-h100.png
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+RAW = "raw broadcast of one buffer"
 BEGIN, END = "<!-- figures: benchmarks/readme.py -->\n", "<!-- end of figures -->\n"
 
 
@@ -118,13 +120,43 @@ def cpu() -> Iterator[str]:
     yield ""
 
 
-def figures() -> str:
-    return "\n".join([*gpus(), *digests(), *cpu()]) + "\n"
+def few() -> Iterator[str]:
+    """What a newcomer asks first."""
+    rows, peer = rows_of("update-h100"), rows_of("peer-h100")
+    yield "Qwen3-8B's shapes (399 tensors, 16.4 GB) from one H100 to another, from the call of `update()` to"
+    yield "the commit on all ranks, 25 November 2026 ([update](benchmarks/results/update-h100.json),"
+    yield "[peer](benchmarks/results/peer-h100.json), [others](benchmarks/results/released-h100.json)):"
+    yield ""
+    yield "| what | ms | GB/s | of the raw broadcast of the same run |"
+    yield "|---|---|---|---|"
+    wanted = [
+        (rows, "bf16", "raw broadcast of one buffer", "raw broadcast of one buffer"),
+        (rows, "bf16", "a broadcast for each tensor, then a copy", "a broadcast for each tensor, then a copy"),
+        (
+            rows_of("released-h100"),
+            None,
+            "checkpoint-engine, 1 GiB, registered before",
+            "checkpoint-engine 0.4.2",
+        ),
+        (rows, "bf16", "weightbus, verified", "weightbus, broadcast route, verified"),
+        (rows, "fp32 masters to bf16", "weightbus, verified", "weightbus, fp32 masters to bf16, verified"),
+        (peer, "GPU 0 to 1", "update, verified", "weightbus, peer route (CUDA IPC), verified"),
+    ]
+    for results, case, what, name in wanted:
+        here = {"model": "qwen3-8b"} | ({"case": case} if case else {})
+        yield from timed(name, find(results, **here, what=what), find(results, **here, what=RAW))
+    yield ""
+
+
+def figures() -> dict[Path, str]:
+    everything = "\n".join([*gpus(), *digests(), *cpu()])
+    everything = everything.replace("(benchmarks/results/", "(../benchmarks/results/")
+    return {ROOT / "README.md": "\n".join(few()), ROOT / "docs" / "performance.md": everything}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 if README.md says something else")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page says something else")
     parser.add_argument("--plot", metavar="FILE", help="draw all models' updates on GPUs instead (matplotlib)")
     options = parser.parse_args()
     if options.plot:
@@ -133,15 +165,14 @@ def main() -> int:
         released = [row for row in rows_of("released-h100") if row["what"].startswith("checkpoint-engine")]
         plot(options.plot, [*rows_of("update-h100"), *rows_of("update-h100-models"), *released])
         return 0
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    new = f"{before}{BEGIN}\n{figures()}{END}{after}"
-    if options.check:
-        return int(new != text)
-    readme.write_text(new)
-    return 0
+    wrong = False
+    for page, text in figures().items():
+        before, rest = page.read_text().split(BEGIN)
+        new = f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+        wrong |= new != page.read_text()
+        if not options.check:
+            page.write_text(new)
+    return int(wrong and options.check)
 
 
 if __name__ == "__main__":

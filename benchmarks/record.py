@@ -18,6 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is 
 import weightbus
 
 
+def commit_of(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603 - git
+
+
 def surroundings() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cpu = platform.processor()
@@ -25,10 +30,6 @@ def surroundings() -> dict[str, Any]:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
-    commit = os.environ.get("WEIGHTBUS_COMMIT", "")
-    if not commit:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -39,7 +40,7 @@ def surroundings() -> dict[str, Any]:
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": os.environ.get("WEIGHTBUS_COMMIT") or commit_of(Path(__file__).parent),
         "hardware": {"cpu": cpu, "cores": os.cpu_count(), "gpus": devices},
         "versions": versions,
     }

@@ -1,4 +1,4 @@
-"""What it costs that every trainer rank digests what it holds: updates of a model that two of them hold whole.
+"""What it costs to compare what trainer ranks hold: updates of a model that two of them hold whole.
 
     python benchmarks/replicas.py --before CHECKOUT --json benchmarks/results/replicas.json
 
@@ -88,12 +88,10 @@ class Process:
         self.tell("be", **which)
 
     def tell(self, what: str, **arguments: Any) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
-        self._process.stdin.flush()
+        print(json.dumps({"do": what, **arguments}), file=self._process.stdin, flush=True)
 
     def hear(self) -> dict[str, Any]:
-        assert self._process.stdout
+        assert self._process.stdout is not None  # noqa: S101 - opened with one
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"a rank has failed, exit code {self._process.wait()}")
@@ -101,7 +99,7 @@ class Process:
         return answer
 
     def end(self) -> None:
-        assert self._process.stdin
+        assert self._process.stdin is not None  # noqa: S101 - as above
         self._process.stdin.close()
         try:
             self._process.wait(30)
@@ -275,12 +273,6 @@ def compared(row: dict[str, Any], of: str) -> tuple[str, str]:
     return f"{row[of]:.3f}", f"{low:.3f} to {high:.3f}"
 
 
-def commit_of(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return os.environ.get("WEIGHTBUS_COMMIT_BEFORE", "") or found
-
-
 def passed(rows: list[dict[str, Any]]) -> bool:
     bits = all(not row["wrong"] and row.get("refuses_a_replica_that_differs", True) for row in rows)
     longer = [r for r in rows if UPDATES[r["what"]] and r.get("of_before_95", (0.0,))[0] > MOST_LONGER]
@@ -302,7 +294,7 @@ def main() -> int:
     more: dict[str, Any] = {"model": args.model, "pairs": args.pairs, "load_at_start": os.getloadavg()[0]}
     if args.before:
         checkouts = {"before": args.before.resolve(), **checkouts}
-        more["before"] = commit_of(args.before)
+        more["before"] = os.environ.get("WEIGHTBUS_COMMIT_BEFORE") or record.commit_of(args.before)
     rows: list[dict[str, Any]] = []
     for case in cases():
         if case.name not in args.cases:

@@ -15,8 +15,8 @@ from typing import Any
 
 import zmq
 
-from weightbus import messages as m
-from weightbus import wire
+from weightbus.control import messages as m
+from weightbus.control import wire
 
 PLAN = "simulated"
 
@@ -139,7 +139,7 @@ def enter(trainer: Rank, version: int) -> m.Enter:
         modules=None,
         verify=True,
         facts="f",
-        settings="1",
+        settings=m.Settings(bucket_bytes=1024),
         min_replicas=1,
         join_s=60.0,
         ready_s=60.0,

@@ -1,4 +1,4 @@
-// Whether tensors still lie where they did, as the Python extension weightbus._addresses. No torch headers: the
+// Whether tensors still lie where they did, as the Python extension weightbus.tensors._addresses. No torch headers: the
 // address comes from a function of torch's stable C interface, whose argument is the tensor inside the object.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

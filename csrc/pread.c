@@ -1,4 +1,4 @@
-// Many short reads of one file, as the Python extension weightbus._pread: the interpreter costs more than the bytes.
+// Many short reads of one file, as the Python extension weightbus.storage._pread: the interpreter costs more than the bytes.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

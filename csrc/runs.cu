@@ -1,5 +1,5 @@
 // Copies of many boxes within one device's memory, its own or mapped from another process: one block moves one
-// tile. Compiled by NVRTC at first use (weightbus/kernel_copies.py), and for the host by tests/runs_on_host.cpp.
+// tile. Compiled by NVRTC at first use (weightbus/memory/kernel_copies.py), and for the host by tests/runs_on_host.cpp.
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
@@ -16,7 +16,7 @@ struct CopyRun {
 
 namespace {
 
-constexpr u32 kBlock = 256;  // threads; as in weightbus/kernel_copies.py
+constexpr u32 kBlock = 256;  // threads; as in weightbus/memory/kernel_copies.py
 constexpr u32 kFlight = 4;   // loads of a thread before its first store
 constexpr u32 kTile = kFlight * kBlock;  // units: short tiles in many blocks keep the memory busiest
 

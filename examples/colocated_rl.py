@@ -80,10 +80,12 @@ def train(address: str, batches: Any) -> float:
     with weightbus.Publisher(policy, address=address, min_replicas=WORKERS, route="peer") as publisher:
         for step in range(STEPS + 1):
             report = publisher.update(step)
-            assert report.verified, report
+            if not report.verified:
+                raise SystemExit(f"step {step}: {report}")
             # What the workers sampled with these weights: they do so as soon as they have them.
             found = [batches.get(timeout=60) for _ in range(WORKERS)]
-            assert [version for version, _, _ in found] == [step] * WORKERS
+            if [version for version, _, _ in found] != [step] * WORKERS:
+                raise SystemExit(f"step {step}: expected rollouts of its weights, got {found}")
             numbers = torch.cat([torch.tensor(numbers, device=device) for _, numbers, _ in found])
             sampled = torch.cat([torch.tensor(scores, device=device) for _, _, scores in found])
             scores = log_probabilities(policy, numbers)

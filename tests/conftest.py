@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(__file__))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "support"))
 sys.path.append(os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmarks"))
 # Ranks are forked with this process's environment: one thread each, as there are more ranks than cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -12,18 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from weightbus.baseline import Baseline
-from weightbus.derived import Derived
-from weightbus.ends import State
 from weightbus.errors import SpecError, WeightbusError
-from weightbus.install import NameMap
-from weightbus.layout import Source, layout_of
-from weightbus.loopback import PREFIX
-from weightbus.publisher import Publisher, wire_names
-from weightbus.ranks import rank_and_size
-from weightbus.reads import Inputs
+from weightbus.hub.in_process import PREFIX
+from weightbus.inventory.derived import Derived
+from weightbus.inventory.reads import Inputs
+from weightbus.publisher import Publisher
 from weightbus.report import Report, Verdict
+from weightbus.session.arguments import wire_names
+from weightbus.session.baseline import Baseline
+from weightbus.session.destination import State
 from weightbus.subscriber import Subscriber
+from weightbus.tensors.install import NameMap
+from weightbus.tensors.layout import Source, layout_of
+from weightbus.tensors.ranks import rank_and_size
 
 _numbers = itertools.count()
 
@@ -34,7 +35,9 @@ class Colocated:
     def __init__(self, publisher: Publisher, subscriber: Subscriber) -> None:
         self._publisher, self._subscriber = publisher, subscriber
 
-    def update(self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None) -> Report:
+    def update(
+        self, version: int | None = None, *, verify: bool = True, modules: Sequence[str] | None = None
+    ) -> Report:
         """Write the source's tensors into the target; as ``Publisher.update``. Collective over the ranks."""
         return self._publisher.update(version, verify=verify, modules=modules)
 

@@ -1,8 +1,21 @@
 """The one family of errors. Texts read: *name: expected X, got Y; where.*"""
 
+from __future__ import annotations
+
+
+def visible(text: str) -> str:
+    """``text`` as one line that a terminal does no more than show: a line break is a space, ``?`` stands for
+    whatever else is not printable, as escape codes and marks that turn the direction are. Never longer."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
+
 
 class WeightbusError(RuntimeError):
-    """Base of every error that weightbus raises on purpose."""
+    """Base of every error that weightbus raises on purpose. Its lines are ``visible``, whoever wrote them."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__("\n".join(map(visible, text.split("\n"))))
 
 
 class SpecError(WeightbusError, ValueError):

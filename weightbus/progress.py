@@ -8,6 +8,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from weightbus.errors import visible
+
 # Shorter updates end before a bar could be read.
 PATIENCE_S = 2.0
 
@@ -16,7 +18,7 @@ class Bar:
     """Call it with (done, total) bytes; it shows itself on a terminal's stderr after PATIENCE_S."""
 
     def __init__(self, title: str, *, patience_s: float = PATIENCE_S, console: Console | None = None) -> None:
-        self._title = title
+        self._title = visible(title)
         self._patience_s = patience_s
         self._begun = time.monotonic()
         self._console = console
@@ -26,7 +28,12 @@ class Bar:
         if self._progress is None:
             if time.monotonic() - self._begun < self._patience_s:
                 return
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+            )
             console = self._console or Console(file=sys.stderr)
             hidden = not console.is_terminal
             self._progress = Progress(*columns, console=console, transient=True, disable=hidden)

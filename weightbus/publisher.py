@@ -8,32 +8,32 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
-from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, SupportsIndex, overload
+from typing import Literal, overload
 
+import msgspec
 import torch
 
-from weightbus import messages as m
-from weightbus.box import Box
-from weightbus.ends import Origin
-from weightbus.errors import SpecError, TornError, UpdateError, WeightbusError
-from weightbus.frozen import Where
-from weightbus.hub import DEAD_AFTER_S
-from weightbus.install import matches
-from weightbus.keys import Keys, load_keys
-from weightbus.layout import Source
-from weightbus.link import REJOIN_S
-from weightbus.planned import ROUTES, Settings
+from weightbus.control import messages as m
+from weightbus.control.keys import Keys, load_keys
+from weightbus.control.link import REJOIN_S
+from weightbus.control.messages import DEAD_AFTER_S
+from weightbus.errors import UpdateError
 from weightbus.progress import Bar
-from weightbus.ranks import rank_and_size
-from weightbus.report import Mismatch, Report, Saved, Verdict, both_ends
-from weightbus.save import Save
-from weightbus.saved_names import modules_of
-from weightbus.session import Session
-from weightbus.torch_start import start_token
-from weightbus.turn import Progress, SourceCopy
+from weightbus.report import Report, Saved, Verdict
+from weightbus.session.arguments import checked_version, wire_names
+from weightbus.session.attempts import update_with_retries
+from weightbus.session.origin import Origin, SourceCopy
+from weightbus.session.progress import Progress
+from weightbus.session.results import reasons_of, report_of, verdict_of
+from weightbus.session.saving import save_source
+from weightbus.session.session import Session
+from weightbus.session.terms import Terms
+from weightbus.session.torch_start import start_token
+from weightbus.tensors.layout import Source
+from weightbus.tensors.ranks import rank_and_size
+from weightbus.tensors.source_copy import Where
 
 log = logging.getLogger("weightbus")
 
@@ -44,7 +44,6 @@ CPU_BUCKET_BYTES = 64 << 20
 DEFAULT_NUM_BUCKETS = 2
 
 DEFAULT_FILE_BYTES = 4 << 30
-Route = Literal["auto", "peer", "broadcast"]
 
 
 class Publisher:
@@ -55,7 +54,10 @@ class Publisher:
     address: the hub's, else ``WEIGHTBUS_ADDRESS``, else port 5757 of this host. job: which job this is, else
         ``WEIGHTBUS_JOB``; jobs of different names never pair, whether at one hub or not.
     rank, size: default from the model's device mesh, else torchrun's variables.
-    min_replicas: an update waits until so many replicas of the server job are complete.
+    min_replicas: an update waits until so many replicas of the server job are complete, and is committed if so
+        many have it; ``report.left_out`` names the others. ``"all"``: all that are complete, or none.
+    retries: so often an update that has failed by the fault of some replicas is repeated at once without them,
+        as long as ``min_replicas`` are left. One that was left out is tried again after a pause, which grows.
     bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; by default 2 buckets of
         64 MiB on the CPU, of 256 MiB on CUDA. So much is sent together, or more where it needs no bucket.
     route: ``auto`` takes ``peer`` (server ranks copy out of this rank's GPU memory, docs/peer.md) where all
@@ -72,6 +74,10 @@ class Publisher:
         ``host`` for pinned memory.
     exclude: patterns of the source's names that are not sent nor looked at, such as ``"v_head.*"``. rename: a
         mapping from the source's names to those that servers know, or a function.
+    resume: the version that this job goes on from, as of the checkpoint that it has loaded: ``update()``
+        without a number makes the next one. By default the last one that the hub knows of (``version``).
+    catch_up: replicas that join, were left out or are torn get the committed version between updates, from
+        another replica, where it can be proved (docs/operating.md).
     Raises HubError if no hub answers or it refuses this rank, SpecError for a source that can't be sent.
     """
 
@@ -84,10 +90,11 @@ class Publisher:
         job: str | None = None,
         rank: int | None = None,
         size: int | None = None,
-        min_replicas: int = 1,
+        min_replicas: int | Literal["all"] = 1,
+        retries: int = 1,
         bucket_bytes: int | None = None,
         num_buckets: int = DEFAULT_NUM_BUCKETS,
-        route: Route = "auto",
+        route: m.Route = "auto",
         connect_timeout_s: float = 60.0,
         join_timeout_s: float = 300.0,
         ready_timeout_s: float = 120.0,
@@ -100,28 +107,30 @@ class Publisher:
         copy_to: Where = "device",
         exclude: Sequence[str] = (),
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        resume: int | None = None,
+        catch_up: bool = True,
     ) -> None:
-        if min_replicas < 1:
-            raise SpecError(f"min_replicas: expected at least 1, got {min_replicas}")
-        if route not in ROUTES:
-            raise SpecError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
         self._origin = Origin(source, wire_names(exclude, rename))
         device = self._origin.layout.device
         if bucket_bytes is None:
             bucket_bytes = CUDA_BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
-        if copy_to not in ("device", "host"):
-            raise SpecError(f"copy_to: expected 'device' or 'host', got {copy_to!r}")
-        if bucket_bytes < 1 << 10 or num_buckets < 1:
-            raise SpecError(
-                f"staging: expected at least 1 bucket of 1024 bytes, got {num_buckets} of {bucket_bytes}"
-            )
+        self._terms = Terms(
+            min_replicas=min_replicas,
+            retries=retries,
+            bucket_bytes=bucket_bytes,
+            num_buckets=num_buckets,
+            route=route,
+            copy_to=copy_to,
+            catch_up=catch_up,
+            join_s=join_timeout_s,
+            ready_s=ready_timeout_s,
+            transfer_s=transfer_timeout_s,
+        )
         self.rank, self.size = rank_and_size(self._origin.layout, rank, size)
-        self._min_replicas, self._bucket_bytes, self._route = min_replicas, bucket_bytes, route
-        self._timeouts = (join_timeout_s, ready_timeout_s, transfer_timeout_s)
-        self._progress, self._copy_to = progress, copy_to
+        self._progress = progress
         self._background: ThreadPoolExecutor | None = None
         self._pending: Future[Report] | None = None
-        self.version: int | None = None
+        self._resume = None if resume is None else checked_version(resume)
         self._closed = False
         self._task = ""
         self._tasks: list[m.Asked] = []
@@ -142,12 +151,14 @@ class Publisher:
         except BaseException:
             self._session.close("trainer")
             raise
-        self._session.origin = self._origin
+        self._session.context.origin = self._origin
+        known = self._session.last_known()
+        self.version: int | None = known if self._resume is None else self._resume
 
     @overload
     def update(
         self,
-        version: int,
+        version: int | None = None,
         *,
         verify: bool = True,
         modules: Sequence[str] | None = None,
@@ -156,31 +167,46 @@ class Publisher:
 
     @overload
     def update(
-        self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: Literal[False]
+        self,
+        version: int | None = None,
+        *,
+        verify: bool = True,
+        modules: Sequence[str] | None = None,
+        wait: Literal[False],
     ) -> Future[Report]: ...
 
     @torch.inference_mode(False)
     def update(
-        self, version: int, *, verify: bool = True, modules: Sequence[str] | None = None, wait: bool = True
+        self,
+        version: int | None = None,
+        *,
+        verify: bool = True,
+        modules: Sequence[str] | None = None,
+        wait: bool = True,
     ) -> Report | Future[Report]:
         """Send the source's tensors to all complete replicas; returns once they are committed.
 
         Collective over trainer ranks, with equal arguments. The source must not change until it returns.
-        version: an integer above the last one committed. modules: names of a mapping source's modules;
-        all by default. verify: digest both ends, and commit only if all sums match.
+        version: an integer above the last one committed since this trainer started; by default the next one, at
+        first above ``resume`` or what the hub knows of, which gives it, alike on all ranks. modules: names of a
+        mapping source's modules; all by default. verify: digest both ends, and commit only if all sums match.
         wait: if False, the source is copied (see ``copy_to``) in the order of the current stream, and may
         change at once; the returned future has the report, or raises. Calls that follow wait for it first.
         Raises UpdateError if nothing was written (the text names each rank and reason), TornError if
         server ranks were left with a mixture, HubError if the hub is lost.
         """
         begun = time.monotonic()
-        version = checked_version(version)
+        follows = version is None
+        version = (self._resume or 0) if version is None else checked_version(version)
         self._settle()
         if not wait and self._origin.refresh(in_place=True):
-            self._session.forget_plans()
-        enter = self._enter("update", version, modules, verify, "live" if wait else self._copy_to)
+            self._session.context.plans.clear()
+        sent: m.Sent = "live" if wait else self._terms.copy_to
+        enter = self._enter("update", version, modules, verify=verify, sent=sent)
+        enter.follows, enter.after = follows, self._resume if follows else None
         if wait:
-            bar = Bar(f"version {version}") if self._progress is None and self.rank == 0 else None
+            title = "the next version" if follows else f"version {version}"
+            bar = Bar(title) if self._progress is None and self.rank == 0 else None
             try:
                 report = self._send(enter, begun, self._progress or bar, None)
             finally:
@@ -188,12 +214,11 @@ class Publisher:
                     bar.close()
             self._run_tasks()
             return report
-        if self._session.destination is not None:
+        if self._session.context.destination is not None:
             raise UpdateError("wait: expected True, got False: this process serves the weights that it updates")
         copied = None
         if not enter.refusal:
-            frozen = self._origin.frozen(self._copy_to)
-            copied = SourceCopy(frozen=frozen, filled=frozen.fill(modules))
+            copied = self._origin.copy(self._terms.copy_to, modules)
         if self._background is None:
             self._background = ThreadPoolExecutor(1, "weightbus-update")
         self._pending = self._background.submit(self._send, enter, begun, self._progress, copied)
@@ -213,47 +238,40 @@ class Publisher:
         on_progress: Callable[[int, int], None] | None,
         copied: SourceCopy | None,
     ) -> Report:
-        progress, version = Progress(report=on_progress), enter.version
+        session, retries, committed = self._session, self._terms.retries, self._session.committed
+        context = session.context
         try:
-            outcome = self._session.call(enter, progress, copied)
+            version, outcome, progress = update_with_retries(session, enter, retries, on_progress, copied)
         except BaseException:
-            if self._session.committed == version:  # interrupted, or a callback raised, when it was
-                self.version = version
+            if session.committed != committed:  # interrupted, or a callback raised, when it was
+                self.version = session.committed
             raise
-        seconds = time.monotonic() - begun
-        processes = self._session.processes()
-        if not outcome.ok:
-            reasons = "\n  ".join(["", *map(str, outcome.failures)])
-            if outcome.moved:
-                raise TornError(f"version {version} was not committed, servers may hold a mixture:{reasons}")
-            if outcome.servers and not outcome.job and (ends := both_ends(processes)):
-                reasons += f"\n  unnamed job: {ends}"
-            raise UpdateError(f"version {version} was refused, nothing was written:{reasons}")
         self.version = version
-        report = Report(
-            word=outcome.verdict,
-            version=version,
-            job=outcome.job,
-            incarnation=outcome.incarnation,
-            epoch=outcome.epoch,
-            tensors=progress.tensors,
-            nbytes=progress.nbytes,
-            seconds=seconds,
-            stages=progress.stages,
-            staging_bytes=self._session.staging.nbytes,
-            trainers=outcome.trainers,
-            servers=outcome.servers,
-            replicas=tuple(outcome.replicas),
-            partial=outcome.partial,
-            skipped=progress.skipped,
-            route=progress.choice.route if progress.choice else "",
-            route_reason=progress.choice.reason if progress.choice else "",
-            processes=processes,
-        )
+        seconds = time.monotonic() - begun
+        report = report_of(outcome, version, progress, seconds, context.staging.nbytes, context.processes())
         if self.rank == 0:
-            log.info("%s", report)
+            log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)
         self._tasks += outcome.tasks
         return report
+
+    def cancel(self, reason: str = "") -> bool:
+        """End an update that waits, and what servers wait for (``Subscriber.wait``); whether anything did.
+
+        From any thread of any trainer rank, once for all of them: whoever waits hears it at once, with
+        ``reason``, and ``update`` raises UpdateError. An update whose bytes move goes on to its end.
+        Raises HubError if the hub does not answer.
+        """
+        return self._session.cancel(reason)
+
+    @torch.inference_mode(False)
+    def refuse(self, version: int, reason: str, *, kind: Literal["update", "check"] = "update") -> None:
+        """Called in place of ``update(version)``, or ``check()``, by a rank that can't make it: none then does.
+
+        The other trainer ranks' call raises UpdateError with the reason, at once; nothing is written.
+        """
+        enter = self._enter(kind, checked_version(version))
+        self._settle()
+        self._session.call(msgspec.structs.replace(enter, refusal=reason), Progress())
 
     @torch.inference_mode(False)
     def poll(self) -> bool:
@@ -281,10 +299,10 @@ class Publisher:
             if task.kind == "update":
                 self.update(task.version or 1, verify=task.verify, modules=task.modules)
             elif task.kind == "check":
-                self._session.call(self._enter("check", self.version or 0, None, True), Progress())
+                self._session.call(self._enter("check", self.version or 0), Progress())
             else:
                 version = task.version or 0
-                enter = self._enter("label", version, None, False)
+                enter = self._enter("label", version, verify=False)
                 if self._session.call(enter, Progress()).ok:
                     self.version = version
         except UpdateError as error:
@@ -303,35 +321,11 @@ class Publisher:
         if not self._origin.jobs():
             raise UpdateError("check: expected a version committed by update(verify=True), got none")
         begun = time.monotonic()
-        outcome = self._session.call(self._enter("check", self.version or 0, None, True), Progress())
-        if outcome.verdict == "failed":
-            wrong = [failure for failure in outcome.failures if failure.reason.startswith("expected version")]
-            if len(wrong) < len(outcome.failures) or not wrong:
-                raise UpdateError("check:" + "\n  ".join(["", *map(str, outcome.failures)]))
-        partial = dict(outcome.partial)
-        partial |= {module: "no verified update of this module counts" for module in self._origin.unproved()}
-        word = outcome.verdict if outcome.ok else "mismatch"
-        return Verdict(
-            word="partial" if partial and word == "verified" else word,
-            version=self.version,
-            mismatches=tuple(
-                Mismatch(
-                    rank=failure.rank,
-                    tensor=failure.tensor,
-                    reason=failure.reason,
-                    kind=failure.kind,
-                    where=failure.where,
-                    box=Box(tuple(span.offsets), tuple(span.sizes)) if span else None,
-                )
-                for failure in outcome.failures
-                for span in [failure.box]
-            ),
-            partial=partial,
-            exempt=outcome.exempt,
-            servers=outcome.servers,
-            seconds=time.monotonic() - begun,
-            digest_s=outcome.digest_s,
-        )
+        outcome = self._session.call(self._enter("check", self.version or 0), Progress())
+        told = bool(outcome.failures) and all(failure.other_version for failure in outcome.failures)
+        if outcome.verdict == "failed" and not told:
+            raise UpdateError(f"check:{reasons_of(outcome.failures)}")
+        return verdict_of(outcome, self.version, self._origin.unproved(), time.monotonic() - begun)
 
     @torch.inference_mode(False)
     def save(
@@ -359,66 +353,23 @@ class Publisher:
             version=version,
             file_bytes=file_bytes,
         )
-        bar = Bar(f"saving {os.path.basename(task.path)}") if self.rank == 0 else None
-        report = bar or (lambda done, total: None)
         self._settle()
         if self._origin.refresh(in_place=True):
-            self._session.forget_plans()
-
-        def work(offer: m.TaskOffer, task: m.SaveTask, place: int, look: Callable[[], None]) -> Save:
-            modules = modules_of(self._origin.source)
-            return Save(task, place, self._origin.layout, look=look, progress=report, modules=modules)
-
-        try:
-            outcome, turn = self._session.call_task(
-                task, lead=self.rank == 0, timeout_s=timeout_s, report=report, save=work
-            )
-        finally:
-            if bar:
-                bar.close()
-        if not outcome.ok:
-            reasons = "\n  ".join(["", *map(str, outcome.failures)])
-            raise UpdateError(f"save to {task.path} has failed:{reasons}")
-        assert isinstance(turn.work, Save), "a save has ended well"
-        return Saved(
-            path=task.path,
-            version=version,
-            files=turn.work.files,
-            tensors=turn.work.tensors,
-            nbytes=turn.work.nbytes,
-            seconds=outcome.seconds,
-        )
+            self._session.context.plans.clear()
+        return save_source(self._session, self._origin, task, lead=self.rank == 0, timeout_s=timeout_s)
 
     def _enter(
-        self, kind: m.Kind, version: int, modules: Sequence[str] | None, verify: bool, sent: str = "live"
+        self,
+        kind: m.Kind,
+        version: int,
+        modules: Sequence[str] | None = None,
+        *,
+        verify: bool = True,
+        sent: m.Sent = "live",
     ) -> m.Enter:
-        facts = refusal = ""
-        try:
-            _, facts = self._origin.facts(modules)
-        except WeightbusError as error:
-            # The other trainer ranks are calling too: they get this reason instead of a deadline.
-            refusal = str(error)
-        jobs = self._origin.jobs() if kind == "check" else []
-        if kind == "check" and not jobs:
-            refusal = "check: expected a version committed by update(verify=True), got none"
-        join_s, ready_s, transfer_s = self._timeouts
-        settings = Settings(bucket_bytes=self._bucket_bytes, route=self._route, source=sent)
-        return m.Enter(
-            peer=self._session.link.peer,
-            kind=kind,
-            version=version,
-            modules=None if modules is None else list(modules),
-            verify=verify,
-            facts=facts,
-            settings=str(settings),
-            min_replicas=self._min_replicas,
-            join_s=join_s,
-            ready_s=ready_s,
-            transfer_s=transfer_s,
-            jobs=jobs,
-            refusal=refusal,
-            task=self._task,
-        )
+        enter = self._terms.enter(self._origin, kind, version, modules, verify=verify, sent=sent)
+        enter.peer, enter.task = self._session.link.peer, self._task
+        return enter
 
     def close(self) -> None:
         """Leave the hub, once an update in the background has ended.
@@ -439,35 +390,3 @@ class Publisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def wire_names(
-    exclude: Sequence[str] = (), rename: Mapping[str, str] | Callable[[str], str] | None = None
-) -> Callable[[str], str | None] | None:
-    """From a source's name to its wire name, or to None for what is excluded; None if all names stay."""
-    if isinstance(exclude, str):
-        raise SpecError(f"exclude: expected a list of patterns, got {exclude!r}")
-    if not exclude and rename is None:
-        return None
-
-    def name_of(name: str) -> str | None:
-        if matches(name, exclude):
-            return None
-        if rename is None:
-            return name
-        return rename(name) if callable(rename) else rename.get(name, name)
-
-    return name_of
-
-
-def checked_version(version: SupportsIndex) -> int:
-    """``version`` as an int. Raises SpecError for what is none, and for one that the wire can't carry."""
-    try:
-        if isinstance(version, bool):
-            raise TypeError
-        number = index(version)
-    except TypeError:
-        raise SpecError(f"version: expected an integer, got {version!r} ({type(version).__name__})") from None
-    if not 0 <= number < 1 << 62:
-        raise SpecError(f"version: expected 0 <= version < 2**62, got {number}")
-    return number

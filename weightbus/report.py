@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from weightbus.box import Box
+from weightbus.planning.box import Box
 
 # How many of the names that are not proved a printed report or verdict shows.
 SHOWN = 8
@@ -96,13 +96,14 @@ def both_ends(processes: Sequence[Process]) -> str:
 class Report:
     """One committed update, as this trainer rank saw it.
 
-    word: ``verified``, ``partial`` or ``unverified`` (not asked for). partial: as in Verdict. nbytes: of the
+    word: ``verified``, ``partial`` or ``unverified`` (not asked for). left_out: replicas that have not got it,
+    each with the reason. partial: as in Verdict. nbytes: of the
     tensors in the wire's dtypes. seconds: from the call to the commit on all ranks. stages: seconds of this
     rank's parts of it. staging_bytes: this rank's staging memory. route: how the bytes went, ``broadcast``,
     ``peer`` or ``local``; route_reason: why so. A version is known by job, incarnation and number. processes:
     all that took part; of a job without a name, the printed report says one of each end. skipped: names of
-    which some replica takes nothing, by its ``name_map`` or its loading code, each with the reason; of a tied
-    tensor one taken name is enough.
+    which some replica takes nothing, by its ``name_map`` or its loading code, and of those that a wrapper holds
+    beside the model (docs/wrappers.md), each with the reason; of a tied tensor one taken name is enough.
     """
 
     word: str
@@ -118,6 +119,7 @@ class Report:
     trainers: int
     servers: int
     replicas: tuple[int, ...]
+    left_out: Mapping[int, str]
     partial: Mapping[str, str]
     skipped: Mapping[str, str]
     route: str
@@ -141,8 +143,9 @@ class Report:
         )
         ends = "" if self.job else both_ends(self.processes)
         head = f"{head}; unnamed job: {ends}" if ends else head
+        left_out = [f"left out: replica {replica}: {reason}" for replica, reason in self.left_out.items()]
         skipped = _listed("not taken", self.skipped, "skipped")
-        return "\n  ".join([head, *unproved_lines(self.partial), *skipped])
+        return "\n  ".join([head, *left_out, *unproved_lines(self.partial), *skipped])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -13,25 +14,29 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from weightbus import messages as m
-from weightbus.baseline import Baseline, check_baseline
-from weightbus.derived import Derived
-from weightbus.ends import Destination, State
-from weightbus.errors import WeightbusError
-from weightbus.install import NameMap
-from weightbus.keys import Keys, load_keys
-from weightbus.layout import Source
-from weightbus.link import REJOIN_S
-from weightbus.load import Load
+from weightbus.control import messages as m
+from weightbus.control.keys import Keys, load_keys
+from weightbus.control.link import REJOIN_S
+from weightbus.control.wire import FromHub
+from weightbus.errors import SpecError, WeightbusError
+from weightbus.inventory.derived import Derived
+from weightbus.inventory.reads import Inputs
 from weightbus.progress import Bar
 from weightbus.publisher import DEFAULT_NUM_BUCKETS
-from weightbus.ranks import rank_and_size
-from weightbus.reads import Inputs
 from weightbus.report import Loaded
-from weightbus.session import Session
-from weightbus.task_turn import raise_for
-from weightbus.turn import Progress
-from weightbus.wire import FromHub
+from weightbus.session.arguments import checked_version
+from weightbus.session.baseline import Baseline, check_baseline
+from weightbus.session.destination import Destination, State
+from weightbus.session.hearing import log_missing
+from weightbus.session.load import Load
+from weightbus.session.progress import Progress
+from weightbus.session.results import raise_for
+from weightbus.session.session import Session
+from weightbus.session.task_participant import take_part
+from weightbus.session.waiting import wait_for, wait_for_check
+from weightbus.tensors.install import NameMap
+from weightbus.tensors.layout import Source
+from weightbus.tensors.ranks import rank_and_size
 
 log = logging.getLogger("weightbus")
 
@@ -144,7 +149,7 @@ class Subscriber:
         except BaseException:
             self._session.close("server")
             raise
-        self._session.destination = self._destination
+        self._session.context.destination = self._destination
 
     @property
     def state(self) -> State:
@@ -162,6 +167,16 @@ class Subscriber:
         return self._destination.error
 
     @property
+    def tried(self) -> int | None:
+        """The version of the last update that ended here, committed or not."""
+        return self._destination.tried
+
+    @property
+    def again(self) -> bool:
+        """Whether the last update failed by some replica's fault, so that the trainer may try again at once."""
+        return self._destination.again
+
+    @property
     def left(self) -> bool:
         """Whether the trainer job has left, as ``poll`` has seen."""
         return self._left
@@ -172,15 +187,64 @@ class Subscriber:
 
         Called by every rank of the replica between engine steps. Blocks for the update, else for at
         most ``timeout_s``. What became of it: ``state``, ``version``, ``error`` and the callbacks.
+        Where other ranks of the replica do not poll, an update is put off before a byte moves, a heartbeat
+        (0.5 s) after ``timeout_s`` is over: ``on_refused`` is called, and the next ``poll`` hears of it again.
         Raises HubError once the hub has been lost for ``reconnect_timeout_s``.
         """
-        if self._session.origin is not None:
+        if self._session.context.origin is not None:
             # This process is a trainer rank too: its publisher's calls carry the server's part.
             return False
+        alone = self.replica_size == 1 or self._agree is not None
+        until = math.inf if alone else time.monotonic() + timeout_s
         try:
-            return self._take(self._hear(timeout_s))
+            message = self._hear(timeout_s)
+            outcome = self._take(message, until)
+            return isinstance(message, m.TaskOffer) or (outcome is not None and not outcome.put_off)
         finally:
             self._session.put_back()  # an interrupt, or an agreement that raises, loses no offer
+
+    @torch.inference_mode(False)
+    def wait(self, version: int, timeout_s: float = 600.0) -> int:
+        """Take part in rounds until ``version``, or a later one of the same trainer, is committed here; which.
+
+        For engines that are told of an update by a call of their own. Called by every rank of the replica,
+        with equal arguments, and with one end for all of them: the version, or an error. It ends at once, with
+        the reason, when the trainer refuses, cancels (``Publisher.cancel``), dies, leaves, or commits without
+        this replica. ``timeout_s`` counts from the first rank's call. ``agree`` is not asked.
+        Raises UpdateError if the weights are as before, TornError if they may be a mixture, HubError once the
+        hub has been lost for ``reconnect_timeout_s``, SpecError where this process is a trainer rank, too.
+        """
+        version = checked_version(version)
+        self._serves_alone("wait", "update")
+        try:
+            return wait_for(self._session, version, timeout_s, self._take_till)
+        finally:
+            self._session.put_back()
+
+    @torch.inference_mode(False)
+    def wait_for_check(self, timeout_s: float = 60.0) -> str:
+        """Take part in rounds until a check has ended here; its word, as ``Verdict.word``.
+
+        For engines that are told of a check by a call of their own. Called by every rank of the replica.
+        ``mismatch`` is returned where other ranks are wrong, and this one is not.
+        Raises TornError where this rank does not hold the bytes that were committed, or the check does not tell
+        which rank does not; UpdateError where the check has failed or none has ended in ``timeout_s``; else as
+        ``wait``.
+        """
+        self._serves_alone("wait_for_check", "check")
+        try:
+            return wait_for_check(self._session, timeout_s, self._take_till)
+        finally:
+            self._session.put_back()
+
+    def _serves_alone(self, call: str, instead: str) -> None:
+        if self._session.context.origin is not None:
+            raise SpecError(
+                f"{call}: expected a process of the servers alone; here publisher.{instead}() does all of it"
+            )
+
+    def _take_till(self, message: FromHub | None, until: float) -> m.Outcome | None:
+        return self._take(message, math.inf if self.replica_size == 1 else until)
 
     def _hear(self, timeout_s: float) -> FromHub | None:
         message = self._session.receive(timeout_s)
@@ -190,23 +254,25 @@ class Subscriber:
                 message = self._session.receive(30.0)
         return message
 
-    def _take(self, message: FromHub | None) -> bool:
+    def _take(self, message: FromHub | None, until: float) -> m.Outcome | None:
+        """The outcome of an update or check, if it was one. until: as of ``Session.follow``."""
         match message:
             case m.Offer():
-                self._session.follow(message, Progress())
-                return True
+                return self._session.follow(message, Progress(), until=until)
             case m.TaskOffer():
-                self._session.take_part(message)
-                return True
+                take_part(self._session.context, message)
             case m.Farewell():
                 self._left = True
-                self._session.forget_plans()  # a trainer that comes back needs the memory that they hold
+                # A trainer that comes back needs the memory that they hold.
+                self._session.context.plans.clear()
+            case m.Missing():
+                log_missing(message)
             case None:
                 pass
             case _:
                 # The end of an update that this rank has given up already.
                 log.info("late: %s", type(message).__name__)
-        return False
+        return None
 
     @torch.inference_mode(False)
     def update_from_disk(
@@ -242,15 +308,15 @@ class Subscriber:
         )
         bar = Bar(f"loading {os.path.basename(task.path)}") if self.rank == 0 else None
         try:
-            outcome, turn = self._session.call_task(
+            outcome, participant = self._session.call_task(
                 task, lead=self.rank == 0, timeout_s=timeout_s, report=bar or (lambda done, total: None)
             )
         finally:
             if bar:
                 bar.close()
         raise_for(outcome, f"load of {task.path}")
-        work = turn.work
-        assert isinstance(work, Load), "a load has been committed"
+        work = participant.work
+        assert isinstance(work, Load), "a load has been committed"  # noqa: S101 - for mypy
         return Loaded(
             word=outcome.verdict,
             version=work.version,
@@ -263,7 +329,7 @@ class Subscriber:
     def serve(self) -> None:
         """Take part in updates, checks and loads until the trainer job leaves, or ``stop`` is called."""
         while not self._left and not self._stop.is_set():
-            if self._session.origin is None:
+            if self._session.context.origin is None:
                 self.poll(timeout_s=0.5)
             else:
                 time.sleep(0.5)

@@ -36,7 +36,7 @@ def start(name: str, script: Path, *, ranks: int, gpus: list[str], folder: Path,
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     log = folder / f"{name}.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - the demo's own script
             [*torchrun, "--nproc-per-node", str(ranks), str(script), *args],
             stdin=subprocess.DEVNULL,
             stdout=out,

@@ -11,10 +11,10 @@ from test_zoo import NAMES, TENSOR_PARALLEL, hub, proved  # hub is a fixture
 from zoo import different, make, state
 
 import weightbus
-from weightbus.digest_files import digest_files
-from weightbus.digest_list import NAME as LIST
-from weightbus.digest_list import load_saved, saved_of
-from weightbus.disk import stored_tensors
+from weightbus.storage.digest_list import NAME as LIST
+from weightbus.storage.digest_list import load_saved, saved_of
+from weightbus.storage.disk import stored_tensors
+from weightbus.tools.digest_files import digest_files
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("default")]
 __all__ = ["hub"]
@@ -89,7 +89,7 @@ def server(rank, size, *, address, name, path):
 
 
 def hubs(rank, size, *, address):
-    from weightbus.hub import Hub
+    from weightbus.hub.server import Hub
 
     Hub(address).serve()
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import time
 
 import processes
 import pytest
 import torch
-from processes import Job, run_jobs
+from processes import Job, run_jobs, start_python
 from zoo import MODELS, different, make, state
 
 import weightbus
@@ -93,7 +91,7 @@ def test_tensor_parallel(name, address):
 @pytest.fixture
 def hub(address):
     host, port = address.removeprefix("tcp://").split(":")
-    process = subprocess.Popen([sys.executable, "-m", "weightbus", "hub", "--address", address])
+    process = start_python("-m", "weightbus", "hub", "--address", address)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         with socket.socket() as probe:

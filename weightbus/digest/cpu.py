@@ -11,7 +11,7 @@ import torch
 from weightbus.digest import _grid61
 from weightbus.digest.grid61 import axis_keys
 from weightbus.digest.segments import Tiling, segments_of
-from weightbus.part import Part
+from weightbus.memory.shard import Part
 
 _TILING = Tiling(strip_bytes=1 << 16, tile_bytes=1 << 18, threads=1)
 
@@ -22,7 +22,7 @@ class CpuSums:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._keep = list(parts)
         self._segments = segments_of(parts, _TILING)
-        assert self._segments.table[:1].nbytes in (0, _grid61.SEGMENT_BYTES)
+        assert self._segments.table[:1].nbytes in (0, _grid61.SEGMENT_BYTES)  # noqa: S101 - built together
 
     def launch(self, seed: bytes, stream: torch.cuda.Stream | None) -> Callable[[], npt.NDArray[np.uint64]]:
         segments = self._segments

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from weightbus.cuda_kernels import kernels, stream_of
 from weightbus.digest.grid61 import axis_keys
 from weightbus.digest.segments import VECTOR, Tiling, segments_of
-from weightbus.part import Part
+from weightbus.memory.cuda_kernels import kernels, stream_of
+from weightbus.memory.shard import Part
 
 _KERNELS = ("grid61_prepare", "grid61_sums", "grid61_finish")
 _WARP = 32

@@ -12,15 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from weightbus.box import Box
 from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine, model_digest_of
 from weightbus.digest.reference import ReferenceSums
 from weightbus.errors import SpecError
-from weightbus.layout import Source, layout_of
-from weightbus.once import say_once
-from weightbus.part import Part, check_plain, plain_view, spec_of
-from weightbus.spec import Spec
-from weightbus.torch_dtensor import local_parts
+from weightbus.memory.shard import Part, check_plain, plain_view, spec_of
+from weightbus.memory.warn_once import say_once
+from weightbus.planning.box import Box
+from weightbus.planning.spec import Spec
+from weightbus.tensors.layout import Source, layout_of
+from weightbus.tensors.torch_dtensor import local_parts
 
 Sums = npt.NDArray[np.uint64]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from weightbus.box import Box, check_exact_cover
 from weightbus.errors import DigestError, SpecError
+from weightbus.planning.box import Box, check_exact_cover
 
 P = 2**61 - 1
 STABLE_SEED = bytes(32)

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from weightbus.box import Box
 from weightbus.digest.grid61 import P, axis_keys, outer_axes
-from weightbus.part import Part
+from weightbus.memory.shard import Part
+from weightbus.planning.box import Box
 
 PIECE_BYTES = 1 << 17
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightbus.digest.grid61 import outer_axes
-from weightbus.part import Part
+from weightbus.memory.shard import Part
 
 WORD = 4
 VECTOR = 16

@@ -1,0 +1,137 @@
+"""Process groups of ranks that die or stop: who makes one, or is in one, waits for the hub, not for torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import Job, run_jobs
+
+import weightbus
+from weightbus.routes import broadcast, torch_group
+from weightbus.routes.group import Group
+from weightbus.session import context
+
+WAVES = 40
+TRANSFER_S = 40.0
+
+
+def tensors(value):
+    return {f"a{i:02}": torch.full((64, 1024), float(value)) for i in range(WAVES)}
+
+
+def trainer(rank, size, *, address, updates):
+    """Word and seconds of each update."""
+    source, seen = tensors(0), []
+    options = {"bucket_bytes": 128 << 10, "route": "broadcast", "transfer_timeout_s": TRANSFER_S}
+    with weightbus.Publisher(
+        list(source.items()), address=address, min_replicas=2, dead_after_s=2.0, join_timeout_s=60, **options
+    ) as publisher:
+        for version in range(1, updates + 1):
+            for tensor in source.values():
+                tensor.fill_(version)
+            begun = time.monotonic()
+            try:
+                word = publisher.update(version).word
+            except weightbus.WeightbusError as error:
+                word = str(error)
+            seen.append((word, time.monotonic() - begun))
+            publisher._terms = replace(publisher._terms, min_replicas=1)
+    return seen
+
+
+def server(rank, size, *, address, replica, fault=None, at=None):
+    """Longest poll, state and values.
+
+    fault: a signal for itself, as wave ``at`` of its second update is started, or while its group is made.
+    """
+    if fault is not None and at is None:
+        context.Group = lambda *a, **k: os.kill(os.getpid(), fault)
+    elif fault is not None:
+        started = []
+        old = broadcast.Broadcast._start
+
+        def start(self, index, wave, seed):
+            started.append(index)
+            if index == at and started.count(index) == 2:
+                os.kill(os.getpid(), fault)
+            return old(self, index, wave, seed)
+
+        broadcast.Broadcast._start = start
+    target, longest = tensors(-1), 0.0
+    with weightbus.Subscriber(list(target.items()), address=address, replica=replica) as subscriber:
+        while not subscriber.left:
+            begun = time.monotonic()
+            subscriber.poll(0.1)
+            longest = max(longest, time.monotonic() - begun)
+        values = {value for tensor in target.values() for value in tensor.unique().tolist()}
+        return longest, subscriber.state, values
+
+
+def run_with(address, fault, at, updates):
+    ends = {"fails": 1} if fault == signal.SIGKILL else {"never_ends": True}
+    return run_jobs(
+        Job(run=trainer, size=2, arguments={"address": address, "updates": updates}),
+        Job(run=server, arguments={"address": address, "replica": 0}),
+        Job(run=server, arguments={"address": address, "replica": 1, "fault": fault, "at": at}, **ends),
+        timeout_s=100,
+    )[:2]
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_death_while_the_group_forms(address, fault):
+    trained, ((longest, state, values),) = run_with(address, fault, None, 2)
+    for (first, seconds), (second, _) in trained:
+        assert "replica 1 server rank 0" in first
+        assert "died" in first
+        assert seconds < 15  # of 40: the hub knows after 2 s at most
+        assert second == "verified"
+    assert longest < 15
+    assert (state, values) == ("ready", {2.0})
+
+
+@pytest.mark.parametrize("at", [5, 20, 33])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_death_between_two_waves(address, fault, at):
+    """And nothing of the group that was given up arrives later."""
+    trained, ((longest, state, values),) = run_with(address, fault, at, 3)
+    for seen in trained:
+        assert [word for word, _ in seen] == ["verified"] * 3  # without it, in the same call
+        assert seen[1][1] < 15
+    assert longest < 15
+    assert (state, values) == ("ready", {3.0})
+
+
+class Slow:
+    """A backend whose end waits for an operation's timeout."""
+
+    def abort(self):
+        time.sleep(3.0)
+
+
+@pytest.mark.parametrize("open_s", [0.0, 0.8])
+def test_a_group_that_is_given_up_is_not_waited_for_once_nothing_can_arrive(monkeypatch, open_s):
+    begun = time.monotonic()
+    monkeypatch.setattr(torch_group, "cut", lambda addresses: int(time.monotonic() < begun + open_s))
+    closed = []
+    one = Group.__new__(Group)
+    one.device, one._backend = torch.device("cpu"), Slow()
+    one._store = SimpleNamespace(values=[b""], close=lambda: closed.append(True))
+    one.close(abort=True)
+    assert open_s <= time.monotonic() - begun < open_s + 1.0
+    assert closed == [True]
+    assert one._backend is None
+
+
+def test_addresses_are_found_as_gloo_tells_them():
+    told = torch_group._sockaddr(("127.0.0.1", 258))
+    assert told == b"\x02\x00\x01\x02\x7f\x00\x00\x01"
+    assert torch_group._sockaddr(("::1%lo", 258, 0, 0)) == b"\x0a\x00\x01\x02" + bytes(4) + bytes(15) + b"\x01"
+    with pytest.raises(OSError, match="not an IP address"):
+        torch_group._sockaddr("/run/a")
+    assert torch_group.cut([]) == 0

@@ -1,0 +1,1 @@
+"""The hub: one process that all ranks talk to. It decides rounds, and never sees a weight. No torch."""

@@ -1,0 +1,1 @@
+"""All that a model computes with: which tensors an update feeds, and which it does not."""

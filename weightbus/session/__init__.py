@@ -1,0 +1,1 @@
+"""One rank in rounds and tasks: what it answers to each of the hub's messages."""

@@ -1,0 +1,1 @@
+"""Weights in safetensors files and in messages: checked, read, written and listed."""

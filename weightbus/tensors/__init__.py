@@ -1,0 +1,1 @@
+"""Models as boxes: what a rank holds, what it receives, and where both lie."""

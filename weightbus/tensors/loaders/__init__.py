@@ -1,0 +1,1 @@
+"""An engine's own loading code, and what it would write, traced to boxes."""

@@ -1,0 +1,1 @@
+"""The weight routes of engines over HTTP."""
