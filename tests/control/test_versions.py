@@ -115,6 +115,26 @@ def test_a_resume_that_is_no_version():
         weightbus.Publisher([("a", torch.zeros(2))], address="tcp://127.0.0.1:1", resume=-1)
 
 
+def test_a_resume_that_leaves_no_room_is_refused_and_a_number_below_it_is_not(address):
+    last = m.MAX_COUNT
+    trained, _ = run_jobs(
+        Job(run=trainer_of_no_room, size=1, arguments={"address": address, "resume": last}),
+        Job(run=listener, size=1, arguments={"address": address}),
+        timeout_s=60,
+    )
+    refusal, word = trained[0]
+    assert f"expected a last one below {last}" in refusal
+    assert word == "verified"
+
+
+def trainer_of_no_room(rank, size, *, address, resume):
+    source = [("a", torch.ones(3000))]
+    with weightbus.Publisher(source, address=address, join_timeout_s=30, resume=resume) as publisher:
+        with pytest.raises(weightbus.UpdateError) as refused:
+            publisher.update()
+        return str(refused.value), publisher.update(5).word
+
+
 def joined(hub, role, rank, size, **fields):
     hello = m.Hello(
         process=f"{role}{rank}", host="h", pid=1, device="cpu", role=role, rank=rank, size=size, **fields

@@ -105,10 +105,18 @@ class Coordinator:
             self._send([peer.id], m.Known(version=version if version >= 0 else None), self.header())
         self.advance(now)
 
-    def _following(self, after: int | None) -> int:
-        """The number of an update whose caller gives none."""
-        before = self._last_known() if after is None else after
-        return max((self.floor if self.floor >= 0 else before) + 1, 1)
+    def _number_version(self, message: m.Enter, first: m.Enter | None) -> None:
+        """Give an update whose caller gives none its number; ``first``: of the rank that called first."""
+        if first and first.follows:
+            message.version = first.version
+            return
+        before = self._last_known() if message.after is None else message.after
+        if self.floor >= 0:
+            before = self.floor
+        message.version = min(max(before + 1, 1), m.MAX_COUNT)
+        if before >= m.MAX_COUNT:
+            text = f"version: expected a last one below {m.MAX_COUNT}, to go on from, got {before}"
+            message.refusal = message.refusal or f"{text}; start the trainer anew with resume= below that"
 
     def _last_known(self) -> int:
         """The last version of any start of the trainer; as servers say, where no commit is known here."""
@@ -129,7 +137,7 @@ class Coordinator:
             self._break_off(self.round, f"{message.kind} {message.version} has begun", now)
         if message.follows:
             first = self.round.enter if self.round else None
-            message.version = first.version if first and first.follows else self._following(message.after)
+            self._number_version(message, first)
         if self.round is None:
             deadline = now + message.join_s
             number = self._number()

@@ -19,7 +19,8 @@ PIECE_BYTES = 256 << 10
 MAX_FRAME_BYTES = PIECE_BYTES + 1024
 
 Residue = Annotated[int, Meta(ge=0, lt=1 << 61)]
-Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+MAX_COUNT = (1 << 62) - 1
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
 Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 Name = Annotated[str, Meta(max_length=1024)]
