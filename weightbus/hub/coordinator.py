@@ -126,13 +126,13 @@ class Coordinator:
 
     def enter(self, message: m.Enter, now: float) -> None:
         """A trainer rank calls ``update`` or ``check``: the first one opens the round."""
+        if message.kind == "catch_up":
+            raise ProtocolError("enter: expected an update, a check or a label, got a catch-up")
         peer = self.roster.peers[message.peer]
         if self.roster.is_early(peer):
             deadline, _ = self._early.get(peer.id, (now + self.roster.dead_after_s, message))
             self._early[peer.id] = deadline, message
             return
-        if message.kind == "catch_up":
-            raise ProtocolError("enter: expected an update, a check or a label, got a catch-up")
         if self.round is not None and self.round.pairing is not None:
             self._break_off(self.round, f"{message.kind} {message.version} has begun", now)
         if message.follows:

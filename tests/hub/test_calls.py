@@ -1,4 +1,4 @@
-"""Numbers that the hub gives to updates whose callers give none: each one travels, or is refused."""
+"""What a trainer rank calls: refused at once where it makes no sense, numbered where it asks for a number."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from test_protocol import Room, only
 
 from weightbus.control import messages as m
 from weightbus.control import wire
+from weightbus.errors import ProtocolError
 
 
 @pytest.mark.parametrize(("committed", "after"), [(None, m.MAX_COUNT), (m.MAX_COUNT, None), (m.MAX_COUNT, 7)])
@@ -31,3 +32,16 @@ def test_the_last_number_that_the_wire_carries_is_given():
     offers = only(room.heard(), m.Offer)
     assert {offer.version for _, offer in offers} == {m.MAX_COUNT}
     assert all(wire.decode_from_hub(wire.encode(offer)) for _, offer in offers)
+
+
+def test_what_no_rank_may_call_is_refused_at_once_and_not_when_its_start_takes_over():
+    room = Room(trainers=2)
+    room.drop("t0")
+    hello = m.Hello(process="e", host="h", pid=2, device="cpu", role="trainer", rank=0, size=2, start="another")
+    early = room.hub.roster.admit(hello, "e", room.now)
+    assert room.hub.roster.is_early(early)
+    with pytest.raises(ProtocolError, match="expected an update, a check or a label, got a catch-up"):
+        room.enter("e", kind="catch_up")
+    room.drop("t1")
+    assert not room.hub.roster.is_early(early)
+    assert not only(room.heard(), m.Offer)
