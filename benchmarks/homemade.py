@@ -8,6 +8,11 @@
   with ``csrc/pread.c`` and with ``os.preadv`` for each run
 
 ``of_raw`` is the time with the extension by that without it; ``saved_ms`` is the difference of medians.
+
+    python benchmarks/homemade.py --kernels --json benchmarks/results/homemade-gpu.json
+
+- ``runs``, on a GPU: all of a model copied within it by ``csrc/runs.cu``, and by ``csrc/copy.cu`` on all
+  multiprocessors: whole tensors, and the left half of the columns of each
 """
 
 from __future__ import annotations
@@ -30,6 +35,10 @@ from shapes import MODELS
 from timing import timings
 
 import weightbus
+from weightbus.memory.copy_descriptors import piece_of
+from weightbus.memory.cuda_copy import CudaCopies
+from weightbus.memory.kernel_copies import KernelCopies
+from weightbus.planning.runs import runs_of
 from weightbus.storage import sources
 from weightbus.tensors.torch_addresses import Addresses
 
@@ -111,20 +120,66 @@ def pread(model: str, parts: int, rounds: int) -> dict[str, Any]:
     return {"what": "pread", "model": model, "columns_by": parts, "nbytes": nbytes, "wrong": wrong, **row}
 
 
+def kernels(model: str, halves: bool, rounds: int) -> dict[str, Any]:
+    device = torch.device("cuda", torch.cuda.current_device())
+    low, high = torch.iinfo(torch.int16).min, torch.iinfo(torch.int16).max
+    shapes = MODELS[model].values()
+    sources = [torch.randint(low, high, shape, dtype=torch.int16, device=device) for shape in shapes]
+    if halves:
+        sources = [source[..., : source.shape[-1] // 2] for source in sources]
+    targets = [torch.zeros_like(source, memory_format=torch.contiguous_format) for source in sources]
+    both = list(zip(targets, sources, strict=True))
+    runs = [
+        run
+        for dst, src in both
+        for run in runs_of(
+            src.shape, dst.stride(), src.stride(), itemsize=2, dst=dst.data_ptr(), src=src.data_ptr()
+        )
+    ]
+    pieces = [piece for dst, src in both if (piece := piece_of(dst, src)) is not None]
+    if len(pieces) < len(both):
+        raise SystemExit("expected tensors that csrc/copy.cu can copy")
+    ours, other = KernelCopies(runs, device), CudaCopies(pieces, device, share=1)
+    stream = torch.cuda.current_stream()
+    which = {True: lambda: ours.start(stream), False: other.run}
+    wrong, now = 0, [True]
+    for run in which.values():
+        for dst in targets:
+            dst.zero_()
+        run()
+        wrong += sum(not torch.equal(dst, src) for dst, src in both)
+
+    def call() -> None:
+        which[now[0]]()
+        stream.synchronize()
+
+    def use(with_it: bool) -> None:
+        now[0] = with_it
+
+    row = pairs(call, use, rounds)
+    nbytes = sum(dst.nbytes for dst in targets)
+    by = 2 if halves else 1
+    return {"what": "runs", "model": model, "columns_by": by, "nbytes": nbytes, "wrong": wrong, **row}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
+    parser.add_argument("--kernels", action="store_true", help="those of a GPU instead")
     parser.add_argument("--json", metavar="FILE", help="write the result")
     args = parser.parse_args()
-    rows = [addresses(count, 4 * args.pairs) for count in (400, 20_000)]
-    rows += [pread(args.model, parts, args.pairs) for parts in (2, 8)]
+    if args.kernels:
+        rows = [kernels("qwen3-8b", halves, args.pairs) for halves in (False, True)]
+    else:
+        rows = [addresses(count, 4 * args.pairs) for count in (400, 20_000)]
+        rows += [pread(args.model, parts, args.pairs) for parts in (2, 8)]
     for row in rows:
         low, high = row["of_raw_95"]
         size = row.get("tensors") or f"columns by {row['columns_by']}"
         print(
             f"{row['what']:10} {size!s:14} {1000 * row['p50_s']:8.2f} ms, {row['of_raw']:.3f} ({low:.3f} to"
-            f" {high:.3f}) of plain Python, saves {row['saved_ms']:.2f} ms; {row['wrong']} wrong"
+            f" {high:.3f}) of the other, saves {row['saved_ms']:.2f} ms; {row['wrong']} wrong"
         )
     record.write(args.json, "homemade", rows)
     return int(any(row["wrong"] for row in rows))

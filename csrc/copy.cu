@@ -1,7 +1,9 @@
 // Copies of many pieces in one launch, casting on the way: what fills and empties buckets.
 //
 // It runs beside NCCL on purpose with few blocks: at full rate it would take the memory bandwidth that
-// keeps the link busy, and it has a whole transfer's time.
+// keeps the link busy, and it has a whole transfer's time. Peer copies cast by it, too: within a GPU at full rate,
+// from another GPU's memory with few blocks, which the link keeps waiting.
+#include "narrow.h"
 
 // A piece: `rows` rows of `units` units; a unit is what one thread moves at a time.
 struct Piece {
@@ -12,7 +14,14 @@ struct Piece {
 };
 
 constexpr int kThreads = 512, kUnroll = 4, kTile = kThreads * kUnroll;  // a tile, in units
-enum Kind { kVectors = 0, kBytes = 1, kFloatToBfloat16 = 2, kFloatToHalf = 3 };
+enum Kind {
+    kVectors = 0,
+    kBytes = 1,
+    kFloatToBfloat16 = 2,
+    kFloatToHalf = 3,
+    kOneToBfloat16 = 4,
+    kOneToHalf = 5
+};
 
 template <int kind> struct Unit;
 template <> struct Unit<kVectors> {  // 16 bytes
@@ -27,29 +36,31 @@ template <> struct Unit<kBytes> {
     __device__ void load(const char* at) { value = *at; }
     __device__ void store(char* at) const { *at = value; }
 };
-template <int kind> struct Narrowed {  // 8 floats of 32 bits to 8 of 16, to the nearest, ties to even
+template <int cast> struct Narrowed {  // 8 floats of 32 bits to 8 of 16
     static constexpr int in = 32, out = 16;
     float4 low, high;
     __device__ void load(const char* at) {
         low = reinterpret_cast<const float4*>(at)[0];
         high = reinterpret_cast<const float4*>(at)[1];
     }
-    __device__ static unsigned pair(float first, float second) {
-        unsigned both;  // the instruction of torch's own casts, so that both give the same bits
-        if constexpr (kind == kFloatToBfloat16) {
-            asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-        } else {
-            asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-        }
-        return both;
-    }
     __device__ void store(char* at) const {
         *reinterpret_cast<uint4*>(at) =
-            make_uint4(pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w));
+            make_uint4(narrowed<cast>(low.x, low.y), narrowed<cast>(low.z, low.w), narrowed<cast>(high.x, high.y),
+                       narrowed<cast>(high.z, high.w));
     }
 };
-template <> struct Unit<kFloatToBfloat16> : Narrowed<kFloatToBfloat16> {};
-template <> struct Unit<kFloatToHalf> : Narrowed<kFloatToHalf> {};
+template <int cast> struct One {  // a float that lies anywhere
+    static constexpr int in = 4, out = 2;
+    float value;
+    __device__ void load(const char* at) { value = *reinterpret_cast<const float*>(at); }
+    __device__ void store(char* at) const {
+        *reinterpret_cast<unsigned short*>(at) = (unsigned short)narrowed<cast>(value, 0.0f);
+    }
+};
+template <> struct Unit<kFloatToBfloat16> : Narrowed<kToBfloat16> {};
+template <> struct Unit<kFloatToHalf> : Narrowed<kToHalf> {};
+template <> struct Unit<kOneToBfloat16> : One<kToBfloat16> {};
+template <> struct Unit<kOneToHalf> : One<kToHalf> {};
 
 template <int kind> __device__ void copy_tile(const Piece& piece, long long first) {
     Unit<kind> units[kUnroll];
@@ -88,6 +99,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             case kBytes: copy_tile<kBytes>(piece, first); break;
             case kFloatToBfloat16: copy_tile<kFloatToBfloat16>(piece, first); break;
             case kFloatToHalf: copy_tile<kFloatToHalf>(piece, first); break;
+            case kOneToBfloat16: copy_tile<kOneToBfloat16>(piece, first); break;
+            case kOneToHalf: copy_tile<kOneToHalf>(piece, first); break;
         }
     }
 }

@@ -1,6 +1,7 @@
 // grid61 on CUDA: one warp digests one tile. Compiled by NVRTC at first use (weightbus/digest/cuda.py), and
 // for the host by tests/cuda_on_host.cpp, where a warp is one thread after the other.
 #include "grid61.h"
+#include "narrow.h"
 
 using namespace grid61;
 
@@ -95,16 +96,59 @@ __device__ __forceinline__ Vector load(const unsigned char* p) {
   return v;
 }
 
+// The vector that 8 floats give. p: half their address.
+template <int kUnit, int kCast>
+__device__ __forceinline__ Vector load_floats(const unsigned char* p) {
+  const float* q = (const float*)((u64)p * 2);
+  float f[8];
+#if defined(__CUDA_ARCH__)
+  if (kUnit >= 8) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      asm volatile("ld.global.nc.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
+          : "=f"(f[i]), "=f"(f[i + 1]), "=f"(f[i + 2]), "=f"(f[i + 3])
+          : "l"(q + i));
+    }
+  } else
+#endif
+  {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) f[i] = q[i];
+  }
+  Vector v;
+  v.w0 = narrowed<kCast>(f[0], f[1]), v.w1 = narrowed<kCast>(f[2], f[3]);
+  v.w2 = narrowed<kCast>(f[4], f[5]), v.w3 = narrowed<kCast>(f[6], f[7]);
+  return v;
+}
+
 // Bytes [low, high) of the vector; the others are not read and count as zeros.
+template <int kCast>
 __device__ __forceinline__ Vector load_some(const unsigned char* p, int low, int high) {
   u32 w[4] = {0, 0, 0, 0};
+  if (kCast == kNoCast) {
 #pragma unroll
-  for (int b = 0; b < 16; ++b) {
-    if (b >= low && b < high) w[b / 4] |= (u32)p[b] << (b % 4 * 8);
+    for (int b = 0; b < 16; ++b) {
+      if (b >= low && b < high) w[b / 4] |= (u32)p[b] << (b % 4 * 8);
+    }
+  } else {
+    const float* q = (const float*)((u64)p * 2);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (2 * i >= low && 2 * i < high) w[i / 2] |= (narrowed<kCast>(q[i], 0.0f) & 0xffff) << (i % 2 * 16);
+    }
   }
   Vector v;
   v.w0 = w[0], v.w1 = w[1], v.w2 = w[2], v.w3 = w[3];
   return v;
+}
+
+template <int kUnit, int kCast>
+__device__ __forceinline__ Vector load_as(const unsigned char* p) {
+  if constexpr (kCast == kNoCast) {
+    return load<kUnit>(p);
+  } else {
+    return load_floats<kUnit, kCast>(p);
+  }
 }
 
 #ifndef GRID61_BLOCKS
@@ -115,24 +159,49 @@ __device__ __forceinline__ Vector load_some(const unsigned char* p, int low, int
 #endif
 
 // Sums of one thread's column of vectors, from its last row back to its first.
-template <int kUnit>
+template <int kUnit, int kCast>
 __device__ __forceinline__ void walk(const unsigned char* p, i64 back, i64 rows, const Key& key0, const Key& key1,
                                      u64& sum0, u64& sum1) {
-  for (; rows >= GRID61_IN_FLIGHT; rows -= GRID61_IN_FLIGHT) {
-    Vector v[GRID61_IN_FLIGHT];
+  constexpr int kFlight = kCast == kNoCast ? GRID61_IN_FLIGHT : (GRID61_IN_FLIGHT + 1) / 2;  // of as many bytes
+  for (; rows >= kFlight; rows -= kFlight) {
+    Vector v[kFlight];
 #pragma unroll
-    for (int i = 0; i < GRID61_IN_FLIGHT; ++i) v[i] = load<kUnit>(p - i * back);
-    p -= GRID61_IN_FLIGHT * back;
+    for (int i = 0; i < kFlight; ++i) v[i] = load_as<kUnit, kCast>(p - i * back);
+    p -= kFlight * back;
 #pragma unroll
-    for (int i = 0; i < GRID61_IN_FLIGHT; ++i) {
+    for (int i = 0; i < kFlight; ++i) {
       sum0 = horner(sum0, v[i], key0);
       sum1 = horner(sum1, v[i], key1);
     }
   }
   for (; rows > 0; --rows, p -= back) {
-    Vector v = load<kUnit>(p);
+    Vector v = load_as<kUnit, kCast>(p);
     sum0 = horner(sum0, v, key0);
     sum1 = horner(sum1, v, key1);
+  }
+}
+
+// The same of whatever a segment has. partial: only bytes [low, high) of each vector are its.
+template <int kCast>
+__device__ __forceinline__ void walk_segment(i64 unit, bool partial, int low, int high, const unsigned char* p,
+                                             i64 back, i64 rows, const Key& key0, const Key& key1, u64& sum0,
+                                             u64& sum1) {
+  if (partial) {
+    for (; rows > 0; --rows, p -= back) {
+      Vector v = load_some<kCast>(p, low, high);
+      sum0 = horner(sum0, v, key0);
+      sum1 = horner(sum1, v, key1);
+    }
+  } else if (unit >= (kCast == kNoCast ? 16 : 8)) {
+    walk<16, kCast>(p, back, rows, key0, key1, sum0, sum1);
+  } else if (kCast != kNoCast) {
+    walk<2, kCast>(p, back, rows, key0, key1, sum0, sum1);
+  } else if (unit >= 4) {
+    walk<4, kNoCast>(p, back, rows, key0, key1, sum0, sum1);
+  } else if (unit == 2) {
+    walk<2, kNoCast>(p, back, rows, key0, key1, sum0, sum1);
+  } else {
+    walk<1, kNoCast>(p, back, rows, key0, key1, sum0, sum1);
   }
 }
 
@@ -193,20 +262,12 @@ extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
   Key key0 = make_key(table, steps[kLanes * s]), key1 = make_key(table1, steps[kLanes * s + 1]);
   u64 sum0 = 0, sum1 = 0;
   bool partial = low > 0 || high < 16;
-  if (partial) {
-    for (const unsigned char* p = last; rows > 0; --rows, p -= back) {
-      Vector v = load_some(p, low, high);
-      sum0 = horner(sum0, v, key0);
-      sum1 = horner(sum1, v, key1);
-    }
-  } else if (segment.unit == 16) {
-    walk<16>(last, back, rows, key0, key1, sum0, sum1);
-  } else if (segment.unit >= 4) {
-    walk<4>(last, back, rows, key0, key1, sum0, sum1);
-  } else if (segment.unit == 2) {
-    walk<2>(last, back, rows, key0, key1, sum0, sum1);
+  if (segment.cast == kNoCast) {
+    walk_segment<kNoCast>(segment.unit, partial, low, high, last, back, rows, key0, key1, sum0, sum1);
+  } else if (segment.cast == kToBfloat16) {
+    walk_segment<kToBfloat16>(segment.unit, partial, low, high, last, back, rows, key0, key1, sum0, sum1);
   } else {
-    walk<1>(last, back, rows, key0, key1, sum0, sum1);
+    walk_segment<kToHalf>(segment.unit, partial, low, high, last, back, rows, key0, key1, sum0, sum1);
   }
 
   // The thread's own place in the tile, then the tile's in the tensor.

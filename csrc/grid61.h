@@ -48,6 +48,8 @@ struct Segment {
   i64 row_exponent;
   i64 abreast;       // rows that one warp reads at once
   i64 unit;          // greatest power of two, 16 at most, that divides every address of a word
+  i64 cast;          // kNoCast; else 32-bit floats, digested as what they are cast to (csrc/narrow.h), and addresses
+                     // and strides are half of what they are: as if the 16 bits lay there
   i64 slots_used;
   Slot slots[kSlots];
 };

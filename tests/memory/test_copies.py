@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from weightbus.memory.copy_descriptors import BYTES, VECTORS, Piece, piece_of
+from weightbus.memory.copy_descriptors import BYTES, CASTS, VECTORS, Piece, cast_pieces, piece_of
+from weightbus.memory.cuda_copy import CudaCopies
 from weightbus.memory.torch_copy import Copies
 
 # What the kernel leaves to torch.
@@ -92,15 +93,50 @@ def test_copies_in_a_batch(device: str) -> None:
 
 @pytest.mark.cuda
 def test_on_cuda_the_kernel_takes_them_all_but_the_odd_ones() -> None:
-    from weightbus.memory.cuda_copy import CudaCopies
-
     found = pairs("cuda")
-    fit = [(dst, src) for _, dst, src in found if piece_of(dst, src) is not None]
+    fit = [piece for _, dst, src in found if (piece := piece_of(dst, src)) is not None]
     assert {name for name, dst, src in found if piece_of(dst, src) is None} == ODD
-    CudaCopies(fit).run()
+    CudaCopies(fit, found[0][1].device).run()
     for name, dst, src in found:
         if name not in ODD:
             assert torch.equal(bits(dst), bits(src.to(dst.dtype))), name
+
+
+CAST_CASES = [
+    ((500, 640), slice(None), 0, 0),
+    ((70, 256), (slice(None), slice(64, 128)), 0, 0),
+    ((70, 256), (slice(3, 60), slice(1, 132)), 0, 0),
+    ((11, 3), slice(None), 0, 0),
+    ((1003,), slice(None), 0, 0),
+    ((16, 16), slice(None), 2, 4),
+    ((3, 40, 16), (slice(None), slice(8, 24)), 0, 0),
+    ((), ..., 0, 0),
+    ((0, 4), slice(None), 0, 0),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
+def test_pieces_that_cast_whatever_is_aligned(device: str, to: torch.dtype) -> None:
+    """Of floats that lie in another process's memory, say: by address and strides alone."""
+    for shape, cut, dst_start, src_start in CAST_CASES:
+        whole = tensor(shape, torch.float32, device, src_start, fill=5)
+        if device == "cpu":  # torch casts a NaN otherwise in vectors than one by one
+            whole.nan_to_num_(1.5)
+        src = whole[cut]
+        around = tensor(shape, to, device, dst_start)
+        before, dst = around.clone(), around[cut]
+        pieces = cast_pieces(dst, src.data_ptr(), src.stride(), CASTS[torch.float32, to])
+        if device == "cpu":
+            for piece in pieces:
+                replay(piece, dst, src)
+        elif pieces:
+            for share in (1, 4):
+                dst.zero_()
+                CudaCopies(pieces, dst.device, share=share).run()
+        assert torch.equal(bits(dst), bits(src.to(to))), (shape, cut)
+        before[cut] = src.to(to)
+        assert torch.equal(bits(around), bits(before)), "nothing beside it is written"
 
 
 def replay(piece: Piece, dst: Tensor, src: Tensor) -> None:
@@ -111,7 +147,8 @@ def replay(piece: Piece, dst: Tensor, src: Tensor) -> None:
         if unit:
             ctypes.memmove(to, of, piece.units * unit)
             continue
-        floats = (ctypes.c_char * (piece.units * 32)).from_address(of)
+        each = 32 if piece.kind in CASTS.values() else 4
+        floats = (ctypes.c_char * (piece.units * each)).from_address(of)
         cast = torch.frombuffer(bytearray(bytes(floats)), dtype=torch.float32).to(dst.dtype)
         ctypes.memmove(to, cast.data_ptr(), cast.nbytes)
 

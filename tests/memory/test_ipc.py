@@ -62,6 +62,10 @@ def mapped() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:weightbus")
 
 
+def dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in tensors.items()}
+
+
 def test_shared_memory_holds_what_was_packed_last() -> None:
     before, tensors = mapped(), source()
     export = export_parts(parts_of(**tensors), CPU)
@@ -69,11 +73,11 @@ def test_shared_memory_holds_what_was_packed_last() -> None:
     assert isinstance(opened, SharedImport)
     for step in range(2):
         tensors["columns"].add_(step)
-        export.pack(tensors)
+        export.pack(dtypes(tensors))
         for name, tensor in tensors.items():
             if tensor.numel():
                 assert torch.equal(read(opened, name, tensor), tensor)
-    export.pack(["bf16"])
+    export.pack({"bf16": torch.bfloat16})
     assert not export.moved()
     export.close()
     assert export.moved()
@@ -125,7 +129,7 @@ def test_another_process_reads_it_and_keeps_it_after_the_owner_let_go() -> None:
     with another_process(reader, export.exports, tensors) as pipe:
         for step in range(2):
             tensors["bf16"].mul_(step + 2)
-            export.pack(tensors)
+            export.pack(dtypes(tensors))
             assert ask(pipe) == [tensor.tolist() for tensor in tensors.values() if tensor.numel()]
         export.close()
         assert ask(pipe)[1] == tensors["bf16"].tolist()

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from weightbus.errors import CoverageError
 from weightbus.planning.box import Box
+from weightbus.planning.exports import Exports, Reach
 from weightbus.planning.facts import Holding
-from weightbus.planning.peer_plan import plan_peer, why_cast
+from weightbus.planning.peer_plan import casts_of, plan_peer, why_no_cast, why_too_much
 from weightbus.planning.plan import Want
 from weightbus.planning.spec import Spec
 
@@ -34,8 +35,8 @@ def bands(axis: int, cuts: list[int]) -> list[Box]:
     return boxes
 
 
-def facts(*boxes: Box, dtype: str = "float32"):
-    return {"w": Holding(spec=Spec(name="w", dtype=dtype, shape=SHAPE), boxes=boxes)}
+def facts(*boxes: Box, dtype: str = "float32", shape: tuple[int, ...] = SHAPE):
+    return {"w": Holding(spec=Spec(name="w", dtype=dtype, shape=shape), boxes=boxes)}
 
 
 layouts = st.tuples(st.integers(0, 1), st.lists(st.integers(1, 4), max_size=3)).map(lambda x: bands(*x))
@@ -75,11 +76,37 @@ def test_a_gap_is_refused():
         plan_peer(sources, {1: Want(replica=0, rank=0, facts=facts(Box.whole(SHAPE)))})
 
 
-def test_why_cast():
+def test_which_casts_there_are():
     sources = {0: facts(Box.whole(SHAPE))}
     same = Want(replica=0, rank=0, facts=facts(Box.whole(SHAPE)))
     other = Want(replica=1, rank=2, facts=facts(Box.whole(SHAPE), dtype="bfloat16"))
-    assert why_cast(sources, [same]) == ""
-    assert why_cast(sources, [same, other]) == (
-        "w is float32 on the trainer and bfloat16 on replica 1 server rank 2"
-    )
+    assert casts_of(sources, [same]) == {}
+    text = "w is float32 on the trainer and bfloat16 on replica 1 server rank 2"
+    assert casts_of(sources, [same, other]) == {("float32", "bfloat16"): text}
+
+
+def test_why_a_cast_is_not_copied():
+    text = "w is float32 on the trainer and float64 on replica 0 server rank 0"
+    able, unable = Reach(device="a"), Reach(device="a", no_cast="server rank 1: no kernel that casts")
+    assert why_no_cast({}, [able, unable]) == ""
+    assert why_no_cast({("float32", "bfloat16"): text}, [able]) == ""
+    assert why_no_cast({("float32", "bfloat16"): text}, [able, unable]) == unable.no_cast
+    assert why_no_cast({("float32", "float64"): text}, [able]).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("held", "devices", "more"),
+    [
+        ([(0, 12)], ["there"], True),  # all of it comes from another device, twice as wide
+        ([(0, 12)], ["here"], False),
+        ([(0, 6), (6, 6)], ["here", "there"], False),  # half of it: as much as a broadcast
+        ([(0, 5), (5, 7)], ["here", "there"], True),
+    ],
+)
+def test_more_bytes_than_a_broadcast_are_not_copied(held, devices, more):
+    sources = {rank: facts(Box((row, 0), (rows, 5)), shape=(12, 5)) for rank, (row, rows) in enumerate(held)}
+    whole = facts(Box.whole((12, 5)), dtype="bfloat16", shape=(12, 5))
+    wants = {9: Want(replica=0, rank=0, facts=whole)}
+    exports = {rank: Exports(device=device) for rank, device in enumerate(devices)}
+    plan = plan_peer(sources, wants)
+    assert bool(why_too_much(plan, sources, exports, {9: Reach(device="here")})) == more

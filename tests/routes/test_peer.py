@@ -98,13 +98,22 @@ def test_on_gpus_it_is_taken(address):
     assert served == ("ready", 2, [2.0])
 
 
-def test_casts_are_refused_where_it_is_asked_for(address):
-    (first, _), served = run_pair(address, {}, {"dtype": torch.bfloat16})
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_floats_are_cast_on_the_way(address, device, dtype):
+    seen, served = run_pair(address, {}, {"dtype": dtype}, device=device)
+    assert seen == [("verified", "peer", "asked for")] * 2
+    assert served == ("ready", 2, [2.0])
+
+
+@pytest.mark.parametrize(
+    ("trains", "serves"), [(torch.float64, torch.float32), (torch.bfloat16, torch.float32)]
+)
+def test_other_casts_are_refused_where_it_is_asked_for(address, trains, serves):
+    (first, _), served = run_pair(address, {"dtype": trains}, {"dtype": serves})
     assert first[0] == "UpdateError"
-    assert (
-        "expected peer copies to be possible, as asked for; a is float32 on the trainer and bfloat16"
-        in first[1]
-    )
+    a, b = (str(dtype).removeprefix("torch.") for dtype in (trains, serves))
+    assert f"as asked for; a is {a} on the trainer and {b} on" in first[1]
+    assert "peer copies cast float32 to bfloat16 or float16 only" in first[1]
     assert served == ("empty", None, [-1.0])
 
 
@@ -338,8 +347,8 @@ def test_copies_to_host_memory_are_told_so(monkeypatch):
     opened = SimpleNamespace(near=True, addresses=[source.data_ptr()])
     place = Place(allocation=0, offset=0, strides=(8, 1))
     wave = Wave()
-    for dst, box, offset in ((target[0], Box((0, 0), (6, 8)), 0), (target[1], Box((0, 3), (6, 5)), 12)):
-        _Compiler._add_imported(wave, opened, place, offset, dst, box)
+    for dst, box, element in ((target[0], Box((0, 0), (6, 8)), 0), (target[1], Box((0, 3), (6, 5)), 3)):
+        _Compiler._add_imported(wave, opened, place, element, torch.float32, dst, box)
     assert not wave.near
     wave.seal(torch.device("cpu"))
     assert wave.to_host

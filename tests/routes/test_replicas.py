@@ -118,7 +118,7 @@ class World:
             sources=self.sources,
             exports={},
             wants=self.wants,
-            reaches=[],
+            reaches={},
             groups=self.groups,
             group=0,
         )

@@ -31,13 +31,13 @@ class CudaSums:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._keep = list(parts)
         self._device = device = parts[0].tensor.device
-        total = sum(part.tensor.numel() * part.tensor.element_size() for part in parts)
+        total = sum(part.nbytes for part in parts)
         segments = segments_of(parts, _tiling(total, device))
         self._axes, self._tiles, self._count = segments.axes, segments.tiles, len(segments.table)
         bounds = np.append(segments.first_tiles, segments.tiles)
         owners = np.repeat(np.arange(self._count, dtype=np.int32), np.diff(bounds))
         with torch.cuda.device(device):
-            self._kernels = kernels("grid61.cu", _KERNELS, header="grid61.h")
+            self._kernels = kernels("grid61.cu", _KERNELS)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._table = torch.from_numpy(segments.table).to(device)
             self._owners = torch.from_numpy(owners).to(device)

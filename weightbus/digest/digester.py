@@ -19,6 +19,7 @@ from weightbus.memory.shard import Part, check_plain, plain_view, spec_of
 from weightbus.memory.warn_once import say_once
 from weightbus.planning.box import Box
 from weightbus.planning.spec import Spec
+from weightbus.tensors.bucket import torch_dtype
 from weightbus.tensors.layout import Source, layout_of
 from weightbus.tensors.torch_dtensor import local_parts
 
@@ -33,23 +34,25 @@ class Digester:
     """grid61 sums of many parts in one call; prepared once, replayed with each new seed.
 
     parts: any mix of dtypes, sizes, strides and devices. The storage behind them is read at each call, so it
-    must stay where it is. nbytes: bytes that a call digests.
+    must stay where it is. What is ``narrowed`` is digested as what it is cast to: on CUDA while it is read, on
+    the host out of a copy of one part at a time. nbytes: bytes that a call digests.
     Raises SpecError for a part whose tensor is not its box in its dtype, and for what ``check_plain`` refuses.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         checked = [_checked(part) for part in parts]
         self._count = len(checked)
-        self.nbytes = sum(part.tensor.nbytes for part in checked)
-        rows: dict[torch.device, list[int]] = {}
+        self.nbytes = sum(part.nbytes for part in checked)
+        rows: dict[tuple[torch.device, bool], list[int]] = {}
         for row, part in enumerate(checked):
-            rows.setdefault(part.tensor.device, []).append(row)
+            on_host = part.tensor.device.type == "cpu"
+            rows.setdefault((part.tensor.device, on_host and bool(part.narrowed)), []).append(row)
         # The host's last: it digests within the launch, beside what has been launched on GPUs.
-        devices = sorted(rows, key=lambda device: device.type == "cpu")
-        self._sums = [
-            (np.array(rows[device]), _implementation([checked[row] for row in rows[device]], device))
-            for device in devices
-        ]
+        self._sums: list[tuple[npt.NDArray[np.intp], _Sums]] = []
+        for device, cast in sorted(rows, key=lambda key: key[0].type == "cpu"):
+            parts = [checked[row] for row in rows[device, cast]]
+            sums = _CastSums(parts) if cast else _implementation(parts, device)
+            self._sums.append((np.array(rows[device, cast]), sums))
 
     def sums(self, seed: bytes, *, stream: torch.cuda.Stream | None = None) -> Sums:
         """uint64 array of shape (parts, 2): each part's sums at its place in its global tensor, in [0, P).
@@ -127,7 +130,8 @@ def _digest(spec: Spec, parts: Sequence[Part], rows: npt.NDArray[np.uint64], see
 def _checked(part: Part) -> Part:
     spec, tensor = part.spec, part.tensor
     check_plain(spec.name, tensor)
-    if str(tensor.dtype) != f"torch.{spec.dtype}" or tuple(tensor.shape) != part.box.sizes:
+    same = str(tensor.dtype) == f"torch.{spec.dtype}" or part.narrowed
+    if not same or tuple(tensor.shape) != part.box.sizes:
         raise SpecError(
             f"{spec.name}: expected a {spec.dtype} view of box {part.box}, "
             f"got {tensor.dtype} {list(tensor.shape)}; digest"
@@ -135,6 +139,20 @@ def _checked(part: Part) -> Part:
     if not part.box.inside(spec.shape):
         raise SpecError(f"{spec.name}: expected a box in shape {list(spec.shape)}, got {part.box}; digest")
     return replace(part, tensor=plain_view(tensor))
+
+
+class _CastSums:
+    """Sums of parts in host memory that are cast first, one after the other."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = list(parts)
+
+    def launch(self, seed: bytes, stream: torch.cuda.Stream | None) -> Callable[[], Sums]:
+        found = np.empty((len(self._parts), 2), dtype=np.uint64)
+        for row, part in enumerate(self._parts):
+            cast = replace(part, tensor=part.tensor.to(torch_dtype(part.spec.dtype)))
+            found[row : row + 1] = _implementation([cast], cast.tensor.device).launch(seed, stream)()
+        return lambda: found
 
 
 def _implementation(parts: list[Part], device: torch.device) -> _Sums:

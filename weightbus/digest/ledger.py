@@ -85,7 +85,7 @@ class Ledger:
         self._launched: list[tuple[slice, Callable[[], Sums]]] = []
         self._names = NameKeys([entry.part.spec.name for entry in self._entries])
         self._keys: tuple[bytes, Sums] = b"", self.sums
-        self._nbytes = [entry.part.tensor.nbytes for entry in self._entries]
+        self._nbytes = [entry.part.nbytes for entry in self._entries]
         self._rows: dict[str, list[tuple[int, Entry]]] = {}
         # Kept, for they are asked for at every update.
         self._select = cache(self._selected)

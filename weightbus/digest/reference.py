@@ -17,6 +17,8 @@ from torch import Tensor
 from weightbus.digest.grid61 import P, axis_keys, outer_axes
 from weightbus.memory.shard import Part
 from weightbus.planning.box import Box
+from weightbus.planning.spec import ITEMSIZE
+from weightbus.tensors.bucket import torch_dtype
 
 PIECE_BYTES = 1 << 17
 
@@ -36,15 +38,15 @@ class ReferenceSums:
 
 def part_sums(part: Part, seed: bytes) -> tuple[int, int]:
     """Both lanes' sums of one part, at its place in the global tensor."""
-    tensor = part.tensor
-    itemsize = tensor.element_size()
+    tensor, itemsize = part.tensor, ITEMSIZE[part.spec.dtype]
+    dtype = torch_dtype(part.spec.dtype)
     outer = outer_axes(part.spec.shape, itemsize)
     keys = axis_keys(seed, outer + 1)
     totals = [0, 0]
     for piece in part.box.split(PIECE_BYTES // itemsize):
         if piece.volume == 0:
             continue
-        local = tensor[piece.within(part.box)].contiguous().reshape(-1).view(torch.uint8)
+        local = tensor[piece.within(part.box)].to(dtype).contiguous().reshape(-1).view(torch.uint8)
         place = _byte_positions(part.spec.shape, piece, outer, itemsize, local.device)
         matrix = local.reshape(-1, place.numel()).double()
         for lane in (0, 1):

@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from weightbus.digest.grid61 import outer_axes
 from weightbus.memory.shard import Part
+from weightbus.planning.spec import ITEMSIZE
 
 WORD = 4
 VECTOR = 16
 SLOTS = 16
 MAX_EXPONENT = 2**42  # of kDigits in csrc/grid61.h
-_FIELDS = 14
+_FIELDS = 15
 _SLOT_FIELDS = 5
 
 
@@ -79,7 +80,8 @@ def runs_of(part: Part) -> list[Runs]:
     tensor, box, shape = part.tensor, part.box, part.spec.shape
     if box.volume == 0:
         return []
-    itemsize = tensor.element_size()
+    itemsize = ITEMSIZE[part.spec.dtype]
+    lies_at = tensor.data_ptr() // (tensor.element_size() // itemsize)  # as if it lay as it travels
     strides = [step * itemsize for step in tensor.stride()]
     outer = outer_axes(shape, itemsize)
     starts = {outer - axis: box.offsets[axis] for axis in range(outer) if box.offsets[axis]}
@@ -103,7 +105,7 @@ def runs_of(part: Part) -> list[Runs]:
     turns = [WORD // math.gcd(pitch, WORD) for _, _, pitch in inner]
     found = []
     for turn in product(*map(range, turns)):
-        begin, address, row_dims = place, tensor.data_ptr(), []
+        begin, address, row_dims = place, lies_at, []
         for first, step, (count, stride, pitch) in zip(turn, turns, inner, strict=True):
             begin += first * pitch
             address += first * stride
@@ -127,7 +129,7 @@ def segments_of(parts: Sequence[Part], tiling: Tiling) -> Segments:
         for runs in runs_of(part):
             axes = max(axes, 1 + max((*runs.starts, *(dim.axis for dim in runs.dims))))
             for piece in _pieces(runs, tiling):
-                row, count = _segment(piece, tiling, tiles, number)
+                row, count = _segment(piece, tiling, tiles, number, part.narrowed)
                 rows.append(row)
                 first_tiles.append(tiles)
                 tiles += count
@@ -164,8 +166,8 @@ def _pieces(runs: Runs, tiling: Tiling) -> Iterator[Runs]:
             yield piece.cut(whole, piece.end)
 
 
-def _segment(runs: Runs, tiling: Tiling, first_tile: int, part: int) -> tuple[tuple[int, ...], int]:
-    """One row of the table, and its number of tiles."""
+def _segment(runs: Runs, tiling: Tiling, first_tile: int, part: int, cast: int) -> tuple[tuple[int, ...], int]:
+    """One row of the table, and its number of tiles. cast: as ``Part.narrowed``."""
     dims = list(runs.dims)
     walk = Dim(1, 0, 0, 0)
     if dims:
@@ -199,7 +201,7 @@ def _segment(runs: Runs, tiling: Tiling, first_tile: int, part: int) -> tuple[tu
         bits |= dim.stride
     fields = (
         runs.address, first_tile, part, runs.lead, runs.end, tiling.strip_bytes, walk.count, chunk_rows,
-        walk.stride, walk.axis, walk.exponent, abreast, bits & -bits, len(slots),
+        walk.stride, walk.axis, walk.exponent, abreast, bits & -bits, cast, len(slots),
     )  # fmt: skip
     unused = (0,) * ((SLOTS - len(slots)) * _SLOT_FIELDS)
     return (*fields, *(n for slot in slots for n in slot), *unused), math.prod(slot[0] for slot in slots)

@@ -152,7 +152,6 @@ class Hub:
                 break
         if self._auth:
             self._contained(self._auth.answer)
-        self._contained(self._watch, time.monotonic())
         # Bounded, so that a flood does not keep the clock from ticking. The socket itself takes
         # one message of each connection in turn, so that it does not keep others waiting.
         for _ in range(MAX_AT_ONCE):
@@ -162,7 +161,9 @@ class Hub:
                 break
             self._undrained += 1
             self._receive(first)
+        # Behind the messages, which ranks wait for: what they say of a connection is looked up with each.
         now = time.monotonic()
+        self._contained(self._watch, now)
         if now >= self._next_look:
             alert = self._guard.is_alert(now)
             if alert or self._guard.holds or self._is_behind or now >= self._next_second:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from weightbus.planning.runs import runs_of
+
 Pair = tuple[Tensor, Tensor]
 """Destination and source."""
 
-VECTORS, BYTES, FLOAT_TO_BFLOAT16, FLOAT_TO_HALF = range(4)  # Kind in csrc/copy.cu
+# Kind in csrc/copy.cu
+VECTORS, BYTES, FLOAT_TO_BFLOAT16, FLOAT_TO_HALF, ONE_TO_BFLOAT16, ONE_TO_HALF = range(6)
 CASTS = {
     (torch.float32, torch.bfloat16): FLOAT_TO_BFLOAT16,
     (torch.float32, torch.float16): FLOAT_TO_HALF,
 }
+_ONE = {FLOAT_TO_BFLOAT16: ONE_TO_BFLOAT16, FLOAT_TO_HALF: ONE_TO_HALF}
 
 _VECTOR_BYTES = 16
 _CAST_UNIT = 8  # elements
@@ -70,3 +75,28 @@ def _rows(dst: Tensor, src: Tensor) -> tuple[int, int, int, int] | None:
         return None
     rows, dst_pitch, src_pitch = dims[0] if dims else (1, 0, 0)
     return rows, columns, dst_pitch, src_pitch
+
+
+def cast_pieces(dst: Tensor, address: int, strides: Sequence[int], kind: int) -> list[Piece]:
+    """What casts a box of floats at ``address``, of ``strides`` in elements, into all of ``dst``, wherever both
+    lie. kind: of ``CASTS``."""
+    found: list[Piece] = []
+    for run in runs_of(dst.shape, dst.stride(), strides, itemsize=1):
+        src, to = address + 4 * run.src, dst.data_ptr() + 2 * run.dst
+        found += _cast_rows(src, to, run.width, run.rows, 4 * run.src_pitch, 2 * run.dst_pitch, kind)
+    return found
+
+
+def _cast_rows(
+    src: int, dst: int, columns: int, rows: int, src_pitch: int, dst_pitch: int, kind: int
+) -> Iterator[Piece]:
+    """In units of 8 floats as far as they are aligned, else one by one."""
+    if (src | dst | src_pitch | dst_pitch) % _VECTOR_BYTES:
+        yield Piece(src, dst, columns, rows, src_pitch, dst_pitch, _ONE[kind])
+        return
+    whole = columns // _CAST_UNIT
+    if whole:
+        yield Piece(src, dst, whole, rows, src_pitch, dst_pitch, kind)
+    if rest := columns % _CAST_UNIT:
+        done = whole * _CAST_UNIT
+        yield Piece(src + 4 * done, dst + 2 * done, rest, rows, src_pitch, dst_pitch, _ONE[kind])

@@ -8,7 +8,7 @@ import os
 import resource
 import struct
 from bisect import bisect_right
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -84,8 +84,8 @@ class DeviceExport:
         # A tensor's address says too little: freed memory may come back there, as other memory.
         return not self._allocated.unchanged()
 
-    def pack(self, names: Collection[str]) -> None:
-        """Nothing: readers see the source itself."""
+    def pack(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Nothing: readers see the source itself, and cast it."""
 
     def opened(self) -> None:
         self.close()

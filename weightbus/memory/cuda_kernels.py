@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import cupy  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
+_INCLUDE = re.compile(r'#include "(\w+\.h)"')
+
 
 @cache
-def kernels(source: str, names: tuple[str, ...], *, header: str = "", options: Sequence[str] = ()) -> list[Any]:
-    """Kernels of a file of csrc/, which may include one header. Raises ImportError if they can't be had."""
-    # One source, so that CuPy's cache key, which does not see included files, changes with the header.
+def kernels(source: str, names: tuple[str, ...]) -> list[Any]:
+    """Kernels of a file of csrc/, which may include others there. Raises ImportError if they can't be had."""
+    # One source, so that CuPy's cache key, which does not see included files, changes with them.
     try:
-        code = _text(source)
-        if header:
-            code = code.replace(f'#include "{header}"', _text(header))
-        module = cupy.RawModule(code=code, options=("-std=c++17", *options), backend="nvrtc")
+        code = _INCLUDE.sub(lambda found: _text(found[1]), _text(source))
+        module = cupy.RawModule(code=code, options=("-std=c++17",), backend="nvrtc")
         found = [module.get_function(name) for name in names]
         for kernel in found:
             kernel.compile()  # here, where a failure is caught, and not at the first launch

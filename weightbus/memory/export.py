@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -42,8 +42,8 @@ class Export(Protocol):
     def moved(self) -> bool:
         """Whether readers would see memory that is no longer the source's."""
 
-    def pack(self, names: Collection[str]) -> None:
-        """Make what readers see of these tensors the source's present values."""
+    def pack(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Make what readers see of these tensors the source's present values. dtypes: as readers want them."""
 
     def opened(self) -> None:
         """No further reader will come."""

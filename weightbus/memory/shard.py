@@ -12,18 +12,31 @@ from weightbus.errors import SpecError
 from weightbus.planning.box import Box
 from weightbus.planning.spec import ITEMSIZE, Spec
 
+# Casts that kernels do on the way, by their numbers in csrc/narrow.h.
+NARROWED = {("float32", "bfloat16"): 1, ("float32", "float16"): 2}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """One box of a tensor, where it lies on this rank.
 
     tensor: plain view of the local storage, any strides, ``tensor.shape == box.sizes``; its dtype is
-    ``spec.dtype``, and ``spec.shape`` is the global shape.
+    ``spec.dtype``, or one that is cast to it on the way (``NARROWED``). ``spec.shape`` is the global shape.
     """
 
     spec: Spec
     box: Box
     tensor: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """In ``spec.dtype``."""
+        return self.box.volume * ITEMSIZE[self.spec.dtype]
+
+    @property
+    def narrowed(self) -> int:
+        """Which of ``NARROWED`` it is; 0 if it lies as it travels."""
+        return NARROWED.get((str(self.tensor.dtype).removeprefix("torch."), self.spec.dtype), 0)
 
 
 def spec_of(name: str, tensor: Tensor) -> Spec:

@@ -9,13 +9,12 @@ import secrets
 import stat
 import struct
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from weightbus.memory.export import IpcError, Parts, host_id
-from weightbus.memory.shard import Part
 from weightbus.memory.torch_copy import Copies
 from weightbus.planning.exports import Allocation, Exports, Place
 
@@ -70,19 +69,19 @@ class SharedExport:
     def moved(self) -> bool:
         return self._file < 0
 
-    def pack(self, names: Collection[str]) -> None:
+    def pack(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Cast, where readers want them so: what is narrower has room."""
         copies = Copies()
-        for name in names:
+        for name, dtype in dtypes.items():
             for part, place in zip(self._parts[name], self.exports.places[name], strict=True):
                 if part.tensor.numel():
-                    copies.add(self._view(part, place), part.tensor)
+                    copies.add(
+                        view_of(self._memory, place.offset, dtype, part.box.sizes, place.strides), part.tensor
+                    )
         copies.run()
 
     def opened(self) -> None:
         """Nothing: the owner itself needs the one file."""
-
-    def _view(self, part: Part, place: Place) -> Tensor:
-        return view_of(self._memory, place.offset, part.tensor.dtype, part.box.sizes, place.strides)
 
     def close(self) -> None:
         if self._file >= 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from weightbus.memory.copy_descriptors import Pair, piece_of
+from weightbus.memory.cuda_copy import CudaCopies
 from weightbus.memory.warn_once import say_once
 
 
@@ -46,12 +47,10 @@ def _prepared(pairs: Sequence[Pair]) -> list[Callable[[], None]]:
     done: set[int] = set()
     if alike:
         try:
-            from weightbus.memory.cuda_copy import CudaCopies
-
-            fit = [pair for pair in alike if piece_of(*pair) is not None]
+            fit = {id(pair): piece for pair in alike if (piece := piece_of(*pair)) is not None}
             if fit:
-                launches.append(CudaCopies(fit).run)
-                done = {id(pair) for pair in fit}
+                launches.append(CudaCopies(list(fit.values()), alike[0][0].device).run)
+                done = set(fit)
         except ImportError as error:
             say_once(f"weightbus copies with torch operations, which slow a transfer down: {error}")
             for batch in _batches(alike):

@@ -62,9 +62,14 @@ class Exports(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reach(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One server rank's answer. reason: why it can't read the exports; empty if it can."""
+    """One server rank's answer. reason: why it can't read the exports; empty if it can.
+
+    device: where it copies to, as of ``Exports``. no_cast: why it can't cast what it copies; empty if it can.
+    """
 
     reason: _Reason = ""
+    device: _Name = ""
+    no_cast: _Reason = ""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -117,9 +122,11 @@ def decode_reach(blob: bytes, sender: str) -> Reach:
     if not blob:
         return Reach(reason=f"{sender} has not tried")
     try:
-        return Reach(reason=visible(_reach.decode(blob).reason))
+        reach = _reach.decode(blob)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"reach of {sender}: {error}") from error
+    no_cast = f"{sender}: {visible(reach.no_cast)}" if reach.no_cast else ""
+    return Reach(reason=visible(reach.reason), device=reach.device, no_cast=no_cast)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +140,7 @@ class Choice:
 def choose_route(asked: str, exports: Mapping[int, Exports], reaches: Sequence[Reach], cast: str) -> Choice:
     """``peer`` if every server rank can read every trainer rank's memory as it is, else ``broadcast``.
 
-    asked: ``auto``, ``peer`` or ``broadcast``. cast: why boxes can't be copied as they are.
+    asked: ``auto``, ``peer`` or ``broadcast``. cast: why what has to be cast is better not copied.
     Raises SpecError where ``peer`` is asked for and can't be had.
     """
     if asked == "broadcast":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from weightbus.planning.box import Box
+from weightbus.planning.exports import Exports, Reach
 from weightbus.planning.facts import Facts, ties_of
 from weightbus.planning.holders import digesters, holders_of
 from weightbus.planning.plan import Want, check_wants, merge_sources, wire_specs
@@ -88,11 +89,44 @@ def _within(wanted: Sequence[Box], held: Box) -> list[Box]:
     return list(dict.fromkeys(found))
 
 
-def why_cast(sources: Mapping[int, Facts], wants: Sequence[Want]) -> str:
-    """Names a tensor that has to be cast on its way, as a copy does not; empty if there is none."""
+# What is cast as it is copied, by the reader's kernel or, into shared memory, by the owner.
+CASTS = frozenset({("float32", "bfloat16"), ("float32", "float16")})
+
+
+def casts_of(sources: Mapping[int, Facts], wants: Sequence[Want]) -> dict[tuple[str, str], str]:
+    """The pairs of dtypes that have to be cast on the way, each with a text that names a tensor."""
     dtypes = {name: holding.spec.dtype for facts in sources.values() for name, holding in facts.items()}
+    found: dict[tuple[str, str], str] = {}
     for want in wants:
         for name, holding in want.facts.items():
-            if name in dtypes and not holding.skipped and holding.spec.dtype != dtypes[name]:
-                return f"{name} is {dtypes[name]} on the trainer and {holding.spec.dtype} on {want}"
+            pair = dtypes.get(name, ""), holding.spec.dtype
+            if name in dtypes and not holding.skipped and pair[0] != pair[1]:
+                found.setdefault(pair, f"{name} is {pair[0]} on the trainer and {pair[1]} on {want}")
+    return found
+
+
+def why_no_cast(casts: Mapping[tuple[str, str], str], reaches: Iterable[Reach]) -> str:
+    """Why what has to be cast can't be copied between these; empty if it can, or if nothing has to."""
+    for pair, text in casts.items():
+        if pair not in CASTS:
+            return f"{text}, and peer copies cast float32 to bfloat16 or float16 only"
+    return next((reach.no_cast for reach in reaches if reach.no_cast), "") if casts else ""
+
+
+def why_too_much(
+    plan: PeerPlan, sources: Mapping[int, Facts], exports: Mapping[int, Exports], reaches: Mapping[int, Reach]
+) -> str:
+    """Why a broadcast, which sends what is cast already, brings fewer bytes to a rank than copies of what has
+    to be cast, which are as wide as the source; empty if it does not."""
+    for rank, pieces in plan.copies.items():
+        far = sum(
+            piece.box.volume * ITEMSIZE[sources[piece.src][plan.specs[piece.tensor].name].spec.dtype]
+            for piece in pieces
+            if piece.src != rank and exports[piece.src].device != reaches[rank].device
+        )
+        if far > plan.nbytes:
+            return (
+                f"uncast, {far / 1e9:.2f} GB would come to a rank from other devices, by broadcast "
+                f"{plan.nbytes / 1e9:.2f} GB"
+            )
     return ""

@@ -16,7 +16,7 @@ from weightbus.planning.box import Box
 from weightbus.planning.exports import ASKED_FOR, OTHER_HOST, Choice, Exports, Reach, choose_route
 from weightbus.planning.facts import Facts, owners_of, ties_of
 from weightbus.planning.holders import Replicated, digesters, replicated
-from weightbus.planning.peer_plan import PeerPlan, plan_peer, why_cast
+from weightbus.planning.peer_plan import CASTS, PeerPlan, casts_of, plan_peer, why_no_cast, why_too_much
 from weightbus.planning.plan import Plan, Want, plan_broadcast, skipped_by
 from weightbus.planning.spec import Spec
 from weightbus.routes.peer import CompiledPeer, compile_peer
@@ -39,7 +39,7 @@ class Survey:
     sources: Mapping[int, Facts]
     exports: Mapping[int, Exports]
     wants: Mapping[int, Want]
-    reaches: Sequence[Reach]
+    reaches: Mapping[int, Reach]
     groups: Mapping[int, Facts]
     group: int
 
@@ -78,18 +78,14 @@ def make_planned(
     try:
         wants = list(survey.wants.values())
         held = _Held(own, survey, replicated(survey.sources))
-        cast = why_cast(survey.sources, wants)
         alone = survey.sources.keys() == survey.wants.keys() == {survey.rank}
-        if alone and settings.route == "auto":
-            choice = Choice(route="local", reason="source and target are in one process")
-        else:
-            choice = choose_route(settings.route, survey.exports, survey.reaches, cast)
+        choice, copies = _choose(survey, settings.route, alone=alone)
         if choice.route != "peer":
             sharing.close()
         plan: Plan | PeerPlan
         compiled: Compiled | CompiledPeer
-        if choice.route == "peer" or (choice.route == "local" and not cast):
-            plan = plan_peer(survey.sources, survey.wants)
+        if copies is not None:
+            plan = copies
             sharing.follow(plan, survey.rank)
             compiled = compile_peer(
                 plan,
@@ -138,6 +134,29 @@ def make_planned(
         raise
 
 
+def _choose(survey: Survey, asked: str, *, alone: bool) -> tuple[Choice, PeerPlan | None]:
+    """The route, the same on all ranks, and the plan of the copies if there are to be any.
+
+    alone: this process is all that there is. Raises SpecError or CoverageError.
+    """
+    casts = casts_of(survey.sources, list(survey.wants.values()))
+    if alone and asked == "auto":
+        choice = Choice(route="local", reason="source and target are in one process")
+        return choice, plan_peer(survey.sources, survey.wants) if casts.keys() <= CASTS else None
+    why = why_no_cast(casts, survey.reaches.values())
+    choice = choose_route(asked, survey.exports, list(survey.reaches.values()), why)
+    if choice.route != "peer":
+        return choice, None
+    plan = plan_peer(survey.sources, survey.wants)
+    if (
+        casts
+        and asked == "auto"
+        and (why := why_too_much(plan, survey.sources, survey.exports, survey.reaches))
+    ):
+        return Choice(route="broadcast", reason=why), None
+    return choice, plan
+
+
 def _stage(wave: int, waves: int) -> int:
     """The wave after which what ``wave`` completes is digested: few digests, of which the last is short."""
     every = -(-waves // DIGESTS)
@@ -183,7 +202,7 @@ class _Held:
             self.shared.append(self.entries[-1])
             if src != self.rank:
                 return
-            place, holders = None, (src,)
+            place, holders, ranks = None, (src,), None
         if sent is not None and place is None and (cast or sent.device != lies.device):
             lies, stage = sent, sent_stage
         usual = digesters(holders, {src}, dict.fromkeys(holders, 0))

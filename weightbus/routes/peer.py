@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from weightbus.digest.ledger import Ledger
+from weightbus.memory.copy_descriptors import CASTS, cast_pieces
+from weightbus.memory.copy_descriptors import Piece as CastPiece
+from weightbus.memory.cuda_copy import CudaCopies, why_no_kernel
 from weightbus.memory.driver import EngineCopies
 from weightbus.memory.ipc import Import
 from weightbus.memory.kernel_copies import KernelCopies
@@ -47,7 +50,8 @@ class Wave:
     """Copies that are started together. wire: the tensor that they make whole, if its hook is to run then.
 
     host: between tensors, by torch. near, far, down: by addresses, within a GPU, from another, and from one to
-    host memory. to_host: whether the host reads what it brings, and waits for it first.
+    host memory. cast, cast_far: those that a kernel casts on the way. to_host: whether the host reads what it
+    brings, and waits for it first.
     """
 
     nbytes: int = 0
@@ -55,8 +59,12 @@ class Wave:
     near: list[Run] = field(default_factory=list)
     far: list[Run] = field(default_factory=list)
     down: list[Run] = field(default_factory=list)
+    cast: list[CastPiece] = field(default_factory=list)
+    cast_far: list[CastPiece] = field(default_factory=list)
     by_engine: list[EngineCopies] = field(default_factory=list)
     by_kernel: KernelCopies | None = None
+    by_cast: CudaCopies | None = None
+    by_far_cast: CudaCopies | None = None
     wire: str = ""
     to_host: bool = False
 
@@ -75,21 +83,33 @@ class Wave:
             self.by_engine.append(EngineCopies(by_engine))
         if self.down:
             self.by_engine.append(EngineCopies(self.down, to_host=True))
+        if self.cast:
+            self.by_cast = CudaCopies(self.cast, device, share=1)
+        if self.cast_far:
+            self.by_far_cast = CudaCopies(self.cast_far, device)
         self.to_host |= bool(self.down) or self.host.to_host
-        self.near, self.far, self.down = [], [], []
+        self.near, self.far, self.down, self.cast, self.cast_far = [], [], [], [], []
 
-    def start(self, lanes: Lanes) -> Mark:
-        """Reached once all is copied. Engines and kernel work side by side."""
-        if self.host or self.by_engine:
+    def start(self, lanes: Lanes) -> list[Mark]:
+        """All are reached once all is copied. What comes over the link, and what lies here, go side by side:
+        neither waits for the other's part of an earlier wave."""
+        marks: list[Mark] = []
+        if self.host or self.by_engine or self.by_far_cast:
             with lanes.send:
                 self.host.run()
                 for copies in self.by_engine:
                     copies.start(lanes.send.stream)
-        if self.by_kernel is not None:
+                if self.by_far_cast is not None:
+                    self.by_far_cast.run()
+            marks.append(lanes.send.mark())
+        if self.by_kernel or self.by_cast:
             with lanes.pack:
-                self.by_kernel.start(lanes.pack.stream)
-            lanes.send.after(lanes.pack.mark())
-        return lanes.send.mark()
+                if self.by_kernel is not None:
+                    self.by_kernel.start(lanes.pack.stream)
+                if self.by_cast is not None:
+                    self.by_cast.run()
+            marks.append(lanes.pack.mark())
+        return marks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,24 +156,40 @@ class _Compiler:
             if held.intersect(box) == box
         )
         inner = tuple(o - base for o, base in zip(box.offsets, held.offsets, strict=True))
-        offset = sum(o * stride for o, stride in zip(inner, place.strides, strict=True)) * dst.itemsize
-        self._add_imported(wave, opened, place, place.offset + offset, dst, box)
+        element = sum(o * stride for o, stride in zip(inner, place.strides, strict=True))
+        dtype = torch_dtype(self.facts[piece.src][spec.name].spec.dtype)
+        self._add_imported(wave, opened, place, element, dtype, dst, box)
 
     def _add_own(self, wave: Wave, name: str, dst: Tensor, box: Box) -> None:
         part = next(part for part in self.own[name] if part.box.intersect(box) == box)
         src = part.tensor[box.within(part.box)]
         if dst.device.type == "cpu" or src.device != dst.device:
             wave.host.add(dst, src)
-        else:
+        elif src.dtype == dst.dtype:
             wave.near += _runs(dst, box, src.stride(), src.data_ptr())
+        elif (src.dtype, dst.dtype) in CASTS and not why_no_kernel(dst.device):
+            wave.cast += cast_pieces(dst, src.data_ptr(), src.stride(), CASTS[src.dtype, dst.dtype])
+        else:
+            wave.host.add(dst, src)
 
     @staticmethod
-    def _add_imported(wave: Wave, opened: Import, place: Place, offset: int, dst: Tensor, box: Box) -> None:
-        if isinstance(opened, SharedImport):
-            memory = opened.memory[place.allocation]
+    def _add_imported(
+        wave: Wave, opened: Import, place: Place, element: int, dtype: torch.dtype, dst: Tensor, box: Box
+    ) -> None:
+        """element: the first one's number, from the place's. dtype: the source's."""
+        if isinstance(opened, SharedImport):  # where it has been cast
+            memory, offset = opened.memory[place.allocation], place.offset + element * dst.itemsize
             wave.host.add(dst, view_of(memory, offset, dst.dtype, box.sizes, place.strides))
             return
-        runs = _runs(dst, box, place.strides, opened.addresses[place.allocation] + offset)
+        address = opened.addresses[place.allocation] + place.offset + element * dtype.itemsize
+        if dtype != dst.dtype:
+            pieces = cast_pieces(dst, address, place.strides, CASTS[dtype, dst.dtype])
+            if opened.near:
+                wave.cast += pieces
+            else:
+                wave.cast_far += pieces
+            return
+        runs = _runs(dst, box, place.strides, address)
         if dst.device.type == "cpu":
             wave.down += runs
         elif opened.near:
@@ -251,7 +287,7 @@ class Peer:
             if seed:
                 with lanes.digest:
                     self.sent.launch(0, seed)
-            ended: list[Mark] = []
+            ended: list[list[Mark]] = []
             hooked: list[Mark] = []
             for index, wave in enumerate(self.compiled.waves):
                 check()
@@ -259,18 +295,22 @@ class Peer:
                     lanes.send.after(hooked[-HOOK_SLOTS])
                     lanes.pack.after(hooked[-HOOK_SLOTS])
                 self.wrote = True
-                ended.append(wave.start(lanes))
+                marks = wave.start(lanes)
                 if wave.wire:
-                    lanes.install.after(ended[index])
+                    for mark in marks:
+                        lanes.install.after(mark)
                     with lanes.install:
                         self._install(wave.wire, seed)
-                    ended[index] = lanes.install.mark()
-                    hooked.append(ended[index])
+                    hooked.append(lanes.install.mark())
+                    marks = [hooked[-1]]
+                ended.append(marks)
                 if wave.to_host:
-                    wait_for(ended[index], check)
+                    for mark in marks:
+                        wait_for(mark, check)
                 if seed:
                     with lanes.digest:
-                        lanes.digest.after(ended[index])
+                        for mark in marks:
+                            lanes.digest.after(mark)
                         self.live.launch(index, seed)
                 if not lanes.overlap:
                     progress(wave.nbytes)
@@ -279,8 +319,9 @@ class Peer:
                 self.live.prepare(seed)
             meanwhile()
             if lanes.overlap:
-                for wave, mark in zip(self.compiled.waves, ended, strict=True):
-                    wait_for(mark, check, pause_s=pause_s)
+                for wave, marks in zip(self.compiled.waves, ended, strict=True):
+                    for mark in marks:
+                        wait_for(mark, check, pause_s=pause_s)
                     progress(wave.nbytes)
         except BaseException:
             lanes.end()

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from weightbus.errors import UpdateError, WeightbusError
-from weightbus.memory.export import Export, Parts
+from weightbus.memory.cuda_copy import why_no_kernel
+from weightbus.memory.export import Export, Parts, device_id
 from weightbus.memory.ipc import Import, export_parts, import_exports
 from weightbus.memory.streams import Mark, wait_for
 from weightbus.planning.exports import Exports, Reach, encode_exports
 from weightbus.planning.peer_plan import PeerPlan
+from weightbus.tensors.bucket import torch_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class Sharing:
         self.device, self.asked, self.both = device, asked, both
         self.imports: dict[int, Import] = {}
         self._export: Export | None = None
-        self._read: frozenset[str] = frozenset()
+        self._read: dict[str, torch.dtype] = {}  # what others copy, as they want it
 
     def export(self, parts: Parts) -> bytes:
         """A trainer rank's exports of its parts, or the reason why there are none."""
@@ -52,8 +54,11 @@ class Sharing:
             return encode_exports(Exports(reason=str(error)))
         return encode_exports(self._export.exports)
 
-    def reach(self, sources: Mapping[int, Exports], rank: int) -> bytes:
-        """Map the memory of all trainer ranks but ``rank``, the own one, and say whether that can be done."""
+    def reach(self, sources: Mapping[int, Exports], rank: int, *, to_host: bool) -> bytes:
+        """Map the memory of all trainer ranks but ``rank``, the own one, and say whether that can be done.
+
+        to_host: whether something of this rank's target lies in the host's memory.
+        """
         if self.asked == "broadcast":
             return b""
         try:
@@ -62,18 +67,20 @@ class Sharing:
                     self.imports[source] = import_exports(exports, self.device)
         except WeightbusError as error:
             return encode_exports(Reach(reason=str(error)))
-        return encode_exports(Reach())
+        no_cast = _no_cast(self.device, to_host=to_host)
+        return encode_exports(Reach(device=device_id(self.device), no_cast=no_cast))
 
     def follow(self, plan: PeerPlan, rank: int) -> None:
         """From now on ``ready`` makes ready what ``plan`` lets others copy, all of whom have mapped it."""
         if self._export is not None:
             self._export.opened()
-        self._read = frozenset(
-            plan.specs[piece.tensor].name
+        read = (
+            plan.specs[piece.tensor]
             for reader, pieces in plan.copies.items()
             for piece in pieces
             if piece.src == rank and reader != rank
         )
+        self._read = {spec.name: torch_dtype(spec.dtype) for spec in read}
 
     def look(self, filled: Mark = None) -> Look:
         """The first half of ``ready``, while there is time: the source's state, and when it is complete.
@@ -115,3 +122,12 @@ class Sharing:
             export.close()
         for held in imports.values():
             held.close()
+
+
+def _no_cast(device: torch.device, *, to_host: bool) -> str:
+    """Why this rank can't cast what it copies; empty if it can. On the CPU the owner does so."""
+    if device.type == "cpu":
+        return ""
+    if to_host:
+        return "what lies in host memory is copied to by the driver, which does not cast"
+    return why_no_kernel(device)

@@ -120,7 +120,8 @@ class Agreement:
             return None
         self._context.destination.audit.begin(target, verify=offer.verify)
         assert self._sharing is not None, "made with the offer"  # noqa: S101 - for mypy
-        memory = self._sharing.reach(self._exports(gathered), self._context.place)
+        to_host = any(part.device.type == "cpu" for wire in target.specs for _, part in target.live(wire))
+        memory = self._sharing.reach(self._exports(gathered), self._context.place, to_host=to_host)
         wanted = target.facts()
         return m.Facts(
             peer=self._context.link.peer, blob=encode_facts(wanted), memory=memory, wants_id=wants_id(wanted)
@@ -159,7 +160,7 @@ class Agreement:
                 for member in facts
                 if (server := members[member].server) is not None
             },
-            reaches=[decode_reach(blob, str(members[r])) for r, blob in gathered.memory.items()],
+            reaches={r: decode_reach(blob, str(members[r])) for r, blob in gathered.memory.items()},
             groups={blob: facts[member] for member, blob in gathered.holder.items()},
             group=gathered.holder.get(rank, 0),
         )

@@ -52,7 +52,7 @@ class SharedTensors:
         self._parts = parts  # what lies on a GPU must stay there
         self._export = export_parts(parts, device)
         try:
-            self._export.pack(parts)
+            self._export.pack({name: part.tensor.dtype for name, (part,) in parts.items()})
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
             facts = {name: Holding(spec=part.spec, boxes=(part.box,)) for name, (part,) in parts.items()}
