@@ -1,4 +1,5 @@
-"""Writes the figures of README.md and docs/performance.md from benchmarks/results/, between their two marks.
+"""Writes the figures of README.md and docs/performance.md from benchmarks/results/, between their two marks,
+and draws docs/colocated.svg.
 
 python benchmarks/readme.py
 python benchmarks/readme.py --check          # only compares
@@ -13,9 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bars import bars
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RAW = "raw broadcast of one buffer"
+PICTURE = ROOT / "docs" / "colocated.svg"
 BEGIN, END = "<!-- figures: benchmarks/readme.py -->\n", "<!-- end of figures -->\n"
 
 
@@ -120,6 +124,49 @@ def cpu() -> Iterator[str]:
     yield ""
 
 
+COLOCATED = {
+    ("bf16", "update"): "weightbus",
+    ("bf16", "update, verified"): "weightbus, verified",
+    ("bf16", "gather"): "all-gather of each tensor, then a copy",
+    ("fp32", "update"): "weightbus, fp32 masters",
+    ("fp32", "update, verified"): "weightbus, fp32 masters, verified",
+    ("fp32", "gather"): "all-gather, then a copy, fp32 masters",
+}
+
+
+def colocated() -> str:
+    """The picture of updates over the same ranks."""
+    result = json.loads((RESULTS / "colocated-h200.json").read_text())
+    gpus = result["hardware"]["gpus"]
+    rows = []
+    for (masters, what), label in COLOCATED.items():
+        row = find(result["rows"], layout="in order", masters=masters, what=what)
+        if row:
+            rows.append((label, row["p50_s"] * 1e3, what != "gather"))
+    return bars(
+        "FSDP2 to tensor-parallel over the same ranks",
+        f"Qwen3-8B's shapes in bf16, 16.4 GB, {len(gpus)} {gpus[0]}; medians, {result['date']}",
+        rows,
+        "ms",
+    )
+
+
+def same_ranks() -> Iterator[str]:
+    yield "Colocated, each rank both ends: FSDP2's rows to tensor-parallel rows and columns, Qwen3-8B's shapes,"
+    yield "H200 ([two](benchmarks/results/colocated-h200.json),"
+    yield "[one](benchmarks/results/colocated-h200-one.json)). In the layout `reversed` hardly anything stays"
+    yield "on its rank. `memcpy` copies as many bytes as a rank's target has, within its device; `exchange`"
+    yield "sends the bf16 bytes that must move, and no more:"
+    yield ""
+    yield "| GPUs | layout | masters | what | ms | of memcpy |"
+    yield "|---|---|---|---|---|---|"
+    for name, gpus in (("colocated-h200-one", 1), ("colocated-h200", 2)):
+        for row in rows_of(name):
+            figures = f"{row['p50_s'] * 1e3:.1f} | {row['of_memcpy']:.2f}"
+            yield f"| {gpus} | {row['layout']} | {row['masters']} | {row['what']} | {figures} |"
+    yield ""
+
+
 def few() -> Iterator[str]:
     """What a newcomer asks first."""
     rows, peer = rows_of("update-h100"), rows_of("peer-h100")
@@ -149,7 +196,7 @@ def few() -> Iterator[str]:
 
 
 def figures() -> dict[Path, str]:
-    everything = "\n".join([*gpus(), *digests(), *cpu()])
+    everything = "\n".join([*gpus(), *same_ranks(), *digests(), *cpu()])
     everything = everything.replace("(benchmarks/results/", "(../benchmarks/results/")
     return {ROOT / "README.md": "\n".join(few()), ROOT / "docs" / "performance.md": everything}
 
@@ -172,6 +219,10 @@ def main() -> int:
         wrong |= new != page.read_text()
         if not options.check:
             page.write_text(new)
+    drawn = colocated()
+    wrong |= not PICTURE.exists() or PICTURE.read_text() != drawn
+    if not options.check:
+        PICTURE.write_text(drawn)
     return int(wrong and options.check)
 
 
