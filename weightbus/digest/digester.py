@@ -16,6 +16,7 @@ from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine,
 from weightbus.digest.reference import ReferenceSums
 from weightbus.errors import SpecError
 from weightbus.memory.shard import Part, check_plain, plain_view, spec_of
+from weightbus.memory.torch_copy import cast_on_host
 from weightbus.memory.warn_once import say_once
 from weightbus.planning.box import Box
 from weightbus.planning.spec import Spec
@@ -150,7 +151,7 @@ class _CastSums:
     def launch(self, seed: bytes, stream: torch.cuda.Stream | None) -> Callable[[], Sums]:
         found = np.empty((len(self._parts), 2), dtype=np.uint64)
         for row, part in enumerate(self._parts):
-            cast = replace(part, tensor=part.tensor.to(torch_dtype(part.spec.dtype)))
+            cast = replace(part, tensor=cast_on_host(part.tensor, torch_dtype(part.spec.dtype)))
             found[row : row + 1] = _implementation([cast], cast.tensor.device).launch(seed, stream)()
         return lambda: found
 

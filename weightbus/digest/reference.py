@@ -46,7 +46,7 @@ def part_sums(part: Part, seed: bytes) -> tuple[int, int]:
     for piece in part.box.split(PIECE_BYTES // itemsize):
         if piece.volume == 0:
             continue
-        local = tensor[piece.within(part.box)].to(dtype).contiguous().reshape(-1).view(torch.uint8)
+        local = tensor[piece.within(part.box)].contiguous().to(dtype).reshape(-1).view(torch.uint8)
         place = _byte_positions(part.spec.shape, piece, outer, itemsize, local.device)
         matrix = local.reshape(-1, place.numel()).double()
         for lane in (0, 1):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from weightbus.memory.copy_descriptors import CASTS
 from weightbus.memory.export import IpcError, Parts, host_id
 from weightbus.memory.torch_copy import Copies
 from weightbus.planning.exports import Allocation, Exports, Place
@@ -26,6 +27,7 @@ _SECRET_BYTES = 16
 _ALIGN = 64
 
 _SHARED = struct.Struct(f"<QQ{_SECRET_BYTES}s")  # process id, file descriptor, secret
+_CAST = {src for src, _ in CASTS}  # what may be packed as something else
 
 
 class SharedExport:
@@ -36,11 +38,13 @@ class SharedExport:
             raise IpcError("this system has no anonymous shared memory (memfd)")
         offset = _HEADER_BYTES
         places: dict[str, tuple[Place, ...]] = {}
-        copied: dict[int, Place] = {}  # of tied tensors there is one copy for all names
+        # Of tied tensors there is one copy for all names, but of what each name may want in another dtype.
+        copied: dict[int, Place] = {}
         for name, held in parts.items():
             rows = []
             for part in held:
-                if (place := copied.get(id(part.tensor))) is None:
+                place = None if part.tensor.dtype in _CAST else copied.get(id(part.tensor))
+                if place is None:
                     place = Place(allocation=0, offset=offset, strides=_contiguous(part.box.sizes))
                     copied[id(part.tensor)] = place
                     offset += -(-part.tensor.nbytes // _ALIGN) * _ALIGN

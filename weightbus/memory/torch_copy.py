@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from weightbus.memory.copy_descriptors import Pair, piece_of
+from weightbus.memory.copy_descriptors import CASTS, Pair, piece_of
 from weightbus.memory.cuda_copy import CudaCopies
 from weightbus.memory.warn_once import say_once
 
@@ -78,7 +78,23 @@ def _foreach(pairs: Sequence[Pair]) -> Callable[[], None]:
     return lambda: torch._foreach_copy_(dst, src, non_blocking=True)
 
 
+def cast_on_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)`` of host memory, where equal NaNs give equal bits however they lie.
+
+    torch casts a NaN to other bits one by one than in vectors, as it does with rows of adjacent elements.
+    """
+    return (tensor if _has_rows(tensor) else tensor.contiguous()).to(dtype)
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.stride(-1) == 1 and tensor.shape[-1] > 1)
+
+
 def _one_by_one(pairs: Sequence[Pair]) -> None:
     for dst, src in pairs:
+        if (src.dtype, dst.dtype) in CASTS and src.device.type == "cpu":
+            in_place = dst.device == src.device and _has_rows(dst) and _has_rows(src)
+            # A source's digest is of another cast of it, and both have to have the same bits.
+            src = src if in_place else cast_on_host(src, dst.dtype)
         # Into strided host memory torch copies twice: on the host, once what has left the GPU is there.
         dst.copy_(src, non_blocking=dst.is_cuda or (dst.is_contiguous() and dst.dtype == src.dtype))

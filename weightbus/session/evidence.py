@@ -8,7 +8,7 @@ tensor at a time, where the source has to be cast again.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -229,8 +229,9 @@ def _within(pieces: Sequence[Piece], box: Box) -> list[Piece]:
 def _digest(pieces: Sequence[Piece], seed: bytes) -> Pair:
     sums = []
     for piece in pieces:
-        tensor = piece.tensor.to(torch_dtype(piece.spec.dtype))
-        part = Part(spec=piece.spec, box=piece.box, tensor=tensor)
+        part = Part(spec=piece.spec, box=piece.box, tensor=piece.tensor)
+        if not part.narrowed:
+            part = replace(part, tensor=piece.tensor.to(torch_dtype(piece.spec.dtype)))
         sums += Digester([part]).sums(seed).tolist()
     return total(map(_pair, sums))
 
