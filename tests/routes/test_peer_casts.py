@@ -15,6 +15,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 import weightbus
 from weightbus.memory.torch_copy import Copies, cast_on_host
+from weightbus.planning.box import Box
+from weightbus.planning.exports import Exports, Reach
+from weightbus.planning.facts import Holding
+from weightbus.planning.plan import Want
+from weightbus.planning.spec import Spec
+from weightbus.routes.compiled import Survey, _choose
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -151,3 +157,44 @@ def tied(rank: int, size: int, *, device: str, other: torch.dtype) -> tuple[str,
 def test_a_tied_tensor_is_wanted_in_two_dtypes(device: str, other: torch.dtype) -> None:
     (found,) = run_jobs(Job(run=tied, size=2, arguments={"device": device, "other": other}))
     assert found == [("verified", "peer", True, True)] * 2
+
+
+# -- when a broadcast is better ------------------------------------------------------------------------
+
+
+def survey_of(devices: Sequence[str], *, no_cast: str = "") -> Survey:
+    """One server rank on ``here``, which wants in bfloat16 what trainer ranks on ``devices`` hold in shares."""
+
+    def held(dtype: str, box: Box) -> dict[str, Holding]:
+        return {"w": Holding(spec=Spec(name="w", dtype=dtype, shape=(12, 5)), boxes=(box,))}
+
+    rows = 12 // len(devices)
+    return Survey(
+        rank=9,
+        sources={i: held("float32", Box((i * rows, 0), (rows, 5))) for i in range(len(devices))},
+        exports={i: Exports(device=device) for i, device in enumerate(devices)},
+        wants={9: Want(replica=0, rank=0, facts=held("bfloat16", Box.whole((12, 5))))},
+        reaches={9: Reach(device="here", no_cast=no_cast)},
+        groups={},
+        group=0,
+    )
+
+
+def test_where_uncast_bytes_would_be_more_than_a_broadcast_it_serves_and_both_figures_are_said() -> None:
+    choice, copies = _choose(survey_of(["there"]), "auto", alone=False)
+    assert (choice.route, copies) == ("broadcast", None)
+    assert choice.reason == "uncast, 0.00 GB would come to a rank from other devices, by broadcast 0.00 GB"
+    for devices in (["here"], ["here", "there"]):
+        choice, copies = _choose(survey_of(devices), "auto", alone=False)
+        assert choice.route == "peer"
+        assert copies is not None
+    assert _choose(survey_of(["there"]), "peer", alone=False)[0].route == "peer"
+
+
+def test_a_server_rank_that_can_not_cast_is_named() -> None:
+    unable = survey_of(["here"], no_cast="server rank 0: no kernel that casts: no CuPy")
+    choice, copies = _choose(unable, "auto", alone=False)
+    assert (choice.route, copies) == ("broadcast", None)
+    assert choice.reason == "server rank 0: no kernel that casts: no CuPy"
+    with pytest.raises(weightbus.SpecError, match="as asked for; server rank 0: no kernel that casts"):
+        _choose(unable, "peer", alone=False)
