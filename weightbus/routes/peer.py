@@ -297,8 +297,9 @@ class Peer:
                 self.wrote = True
                 marks = wave.start(lanes)
                 if wave.wire:
-                    for mark in marks:
-                        lanes.install.after(mark)
+                    # Of earlier waves, too: what a hook may write over has to be there before it writes.
+                    for lane in (lanes.send, lanes.pack):
+                        lanes.install.after(lane.mark())
                     with lanes.install:
                         self._install(wave.wire, seed)
                     hooked.append(lanes.install.mark())
