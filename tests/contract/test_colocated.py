@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import TP, Toy, distribute, fill, full, make, values
-from processes import Job, run_jobs, run_python
+from processes import Job, run_jobs
 
 import weightbus
 
@@ -157,10 +157,3 @@ def without_a_group(rank, size):
 
 def test_ranks_need_a_way_to_agree():
     run_jobs(Job(run=without_a_group, size=2))
-
-
-def test_its_benchmark_compares_the_bits():
-    program = Path(__file__).resolve().parents[2] / "benchmarks" / "colocated.py"
-    found = run_python(program, "--rounds", "1", "--model", "1mb")
-    assert found.returncode == 0, found.stderr
-    assert "update, verified" in found.stdout
