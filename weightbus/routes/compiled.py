@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from weightbus.control import messages as m
@@ -79,7 +80,8 @@ def make_planned(
         wants = list(survey.wants.values())
         held = _Held(own, survey, replicated(survey.sources))
         alone = survey.sources.keys() == survey.wants.keys() == {survey.rank}
-        choice, copies = _choose(survey, settings.route, alone=alone)
+        one_device = len(_devices(own, target)) == 1
+        choice, copies = _choose(survey, settings.route, alone=alone, one_device=one_device)
         if choice.route != "peer":
             sharing.close()
         plan: Plan | PeerPlan
@@ -134,15 +136,25 @@ def make_planned(
         raise
 
 
-def _choose(survey: Survey, asked: str, *, alone: bool) -> tuple[Choice, PeerPlan | None]:
+def _devices(own: Parts, target: Target | None) -> set[torch.device]:
+    """On which this rank holds what it sends, and what it writes."""
+    live = [view for wire in target.specs for _, view in target.live(wire)] if target else []
+    return {part.tensor.device for held in own.values() for part in held} | {view.device for view in live}
+
+
+def _choose(
+    survey: Survey, asked: str, *, alone: bool, one_device: bool = True
+) -> tuple[Choice, PeerPlan | None]:
     """The route, the same on all ranks, and the plan of the copies if there are to be any.
 
-    alone: this process is all that there is. Raises SpecError or CoverageError.
+    alone: this process is all that there is. one_device: and all of its tensors lie on one; else what is cast
+    goes through buckets, since torch casts a NaN to other bits on the host. Raises SpecError or CoverageError.
     """
     casts = casts_of(survey.sources, list(survey.wants.values()))
     if alone and asked == "auto":
         choice = Choice(route="local", reason="source and target are in one process")
-        return choice, plan_peer(survey.sources, survey.wants) if casts.keys() <= CASTS else None
+        copied = not casts or (casts.keys() <= CASTS and one_device)
+        return choice, plan_peer(survey.sources, survey.wants) if copied else None
     why = why_no_cast(casts, survey.reaches.values())
     choice = choose_route(asked, survey.exports, list(survey.reaches.values()), why)
     if choice.route != "peer":
