@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from weightbus.control import messages as m
 NUMBERS = (0, 1, 2, 3, 7, 1 << 19, 1 << 40, (1 << 60) - 1, 1 << 61, (1 << 62) - 1)
 SECONDS = (0.0, 0.5, 3.0, 1e5, 1e6)
 WORDS = ("", "a", "b", "weight")
+SOCKET = f"weightbus-{0:032x}"
 
 Plain = st.SearchStrategy[Any]
 
@@ -59,7 +61,8 @@ def value(kind: Any, words: Sequence[str] = WORDS) -> Plain:
         case i.FloatType():
             return st.sampled_from([number for number in SECONDS if kind.le is None or number <= kind.le])
         case i.StrType():
-            return st.sampled_from(words if kind.pattern is None else WORDS)
+            fit = [word for word in (*WORDS, SOCKET) if re.search(kind.pattern or "", word)]
+            return st.sampled_from(words if kind.pattern is None else fit)
         case i.BytesType():
             return st.sampled_from([one * (kind.min_length or 1) for one in (b"x", b"y")])
         case i.LiteralType():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from typing import Any
 
 import zmq
@@ -12,7 +13,15 @@ from zmq.utils.monitor import parse_monitor_message
 from weightbus.control import messages as m
 from weightbus.control import wire
 from weightbus.control.keys import Keys
-from weightbus.errors import HubError
+from weightbus.control.local_socket import LocalListener, LocalSocket
+from weightbus.errors import HubError, ProtocolError
+
+# Of a message from the hub by a Unix socket: an offer of a load may have many payloads.
+MAX_FRAMES = 1 << 20
+MAX_BYTES = 1 << 30
+
+# Who has connected where the hub is expected has so long to say what only the hub knows.
+STRANGER_S = 0.2
 
 # A hub that takes no further piece of a long message for so long is not there.
 PIECE_S = 10.0
@@ -34,7 +43,8 @@ class NotSent(HubError):
 
 
 class Connection:
-    """One DEALER socket to the hub. For one thread at a time.
+    """One DEALER socket to the hub and, once ``expect`` was called and the hub is on this host, a Unix socket
+    by which all then goes. For one thread at a time.
 
     It has a name that nobody guesses: by it the hub knows it again when the network has cut it. Names that
     ZeroMQ gives by itself are counted up, and whoever connects under one is sent what is for another.
@@ -52,6 +62,10 @@ class Connection:
     ) -> None:
         self.address = address
         self._socket = context.socket(zmq.DEALER)
+        self._local: LocalSocket | None = None
+        self._listener: LocalListener | None = None  # until the hub has connected, or has answered without
+        self._secret = ""  # which the hub says first
+        self._inbox: deque[wire.FromHub] = deque()  # what one look has brought
         self._closed: float | None = None
         self.key_refused = False  # by the hub; where this connection is watched, and ``closed_s`` was asked for
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
@@ -71,10 +85,30 @@ class Connection:
         keys.protect_client(self._socket, attempt)
         self._socket.connect(address)
 
+    def expect(self, peer: str) -> str:
+        """A name for the beat that takes a role, under which the hub may connect; empty where it has done so,
+        or can't. peer: by which it will show that it is the hub."""
+        if self._local is not None:
+            return ""
+        self._expect_no_more()
+        self._listener, self._secret = LocalListener(), peer
+        return self._listener.name
+
+    def _expect_no_more(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+
     def send(self, message: m.Message, peer: str = "") -> None:
         """peer: this rank's; long messages go in pieces, of which the hub takes some at a time."""
         try:
             for number, frames in enumerate(wire.encode_to_hub(message, peer)):
+                if self._local is not None:
+                    try:
+                        self._local.send(frames)
+                        continue
+                    except OSError:
+                        self._end_local()
                 if number:
                     self._socket.poll(round(PIECE_S * 1000), zmq.POLLOUT)
                 self._socket.send_multipart(frames, zmq.NOBLOCK)
@@ -86,13 +120,73 @@ class Connection:
 
         spin_s: how long to look again and again before waiting, which is woken up late.
         """
-        if spin_s:
-            until = time.monotonic() + min(spin_s, timeout_s)
-            while not self._socket.poll(0) and time.monotonic() < until:
-                pass
-        if not self._socket.poll(max(0, round(timeout_s * 1000))):
+        until = time.monotonic() + timeout_s
+        spin_until = time.monotonic() + min(spin_s, timeout_s) if spin_s else 0.0
+        while True:
+            if (message := self._look()) is not None:
+                return message
+            now = time.monotonic()
+            if now < spin_until:
+                continue
+            if now >= until:
+                return None
+            self._wait(until - now)
+
+    def _look(self) -> wire.FromHub | None:
+        """The next message that is here."""
+        if self._local is None and self._listener is not None:
+            self._accept(self._listener)
+        if self._local is not None and not self._inbox:
+            try:
+                self._local.flush()
+                self._inbox += map(wire.decode_from_hub, self._local.receive())
+            except OSError:
+                self._end_local()
+        if self._inbox:
+            return self._inbox.popleft()
+        if self._local is not None or not self._socket.poll(0):
             return None
-        return wire.decode_from_hub(self._socket.recv_multipart())
+        message = wire.decode_from_hub(self._socket.recv_multipart())
+        if isinstance(message, m.Alive):
+            self._expect_no_more()  # the hub has answered this way: it is on another host
+        return message
+
+    def _wait(self, timeout_s: float) -> None:
+        """Until there may be something to look at."""
+        if self._local is not None:
+            self._local.wait(timeout_s)
+        elif self._listener is None or not self._listener.name:
+            self._socket.poll(round(timeout_s * 1000))
+        else:
+            poller = zmq.Poller()
+            poller.register(self._socket, zmq.POLLIN)
+            poller.register(self._listener.fileno(), zmq.POLLIN)
+            poller.poll(round(timeout_s * 1000))
+
+    def _accept(self, listener: LocalListener) -> None:
+        """Who has connected, if that is the hub; any process of the host may have read the name."""
+        found = listener.accept(max_frames=MAX_FRAMES, max_bytes=MAX_BYTES) if listener.name else None
+        if found is None:
+            return
+        until = time.monotonic() + STRANGER_S
+        try:
+            while not (messages := found.receive()) and time.monotonic() < until:
+                found.wait(until - time.monotonic())
+            said = [wire.decode_from_hub(frames) for frames in messages]
+        except (OSError, ProtocolError):
+            said = []
+        if said and isinstance(said[0], m.Alive) and said[0].peer == self._secret:
+            self._local = found
+            self._inbox += said
+            self._expect_no_more()
+        else:
+            found.close()
+
+    def _end_local(self) -> None:
+        """The hub has gone, or goes by ZeroMQ again."""
+        local, self._local = self._local, None
+        if local is not None:
+            local.close()
 
     def closed_s(self) -> float:
         """For how long the hub has had the connection closed; 0 while it is open, or not yet open."""
@@ -110,4 +204,6 @@ class Connection:
         if self._events is not None:
             self._socket.disable_monitor()
             self._events.close(linger=0)
+        self._expect_no_more()
+        self._end_local()
         self._socket.close()

@@ -89,7 +89,9 @@ def take_role(
             welcome = answer
             # Who answers the welcome has heard it: only then is the role taken.
             now_state, version = state()
-            connection.send(m.Beat(job=hello.job, peer=welcome.peer, state=now_state, version=version))
+            beat = m.Beat(job=hello.job, peer=welcome.peer, state=now_state, version=version)
+            beat.local_socket = connection.expect(welcome.peer)
+            connection.send(beat)
             answer = _await_answer(connection, limit, keep, welcome.peer)
             if isinstance(answer, m.Alive) and answer.known:
                 return Joined(welcome, answer.header)

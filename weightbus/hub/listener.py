@@ -29,12 +29,12 @@ BIND_S = 5.0
 class Received:
     """What one message brought besides its connection's identity.
 
-    number: of the connection's descriptor; -1 where the message is to be forgotten. key_role: what the sender's
-    key is limited to, "" if to nothing; None if the key was retired. nbytes: on the wire.
+    number: of the connection's descriptor; -1 where the message is to be forgotten. user: the sender's public
+    key, by which ``Listener.key_role`` tells what it may do; empty without keys. nbytes: on the wire.
     """
 
     number: int
-    key_role: str | None
+    user: str
     frames: list[bytes]
     nbytes: int
 
@@ -82,7 +82,7 @@ class Listener:
             raise HubError(f"address: can't listen on {address}: {error}") from error
 
     def poller(self) -> zmq.Poller:
-        """Of all that the hub waits for."""
+        """Of all that comes by the socket."""
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self.guard.events, zmq.POLLIN)
@@ -125,10 +125,10 @@ class Listener:
             number = int(first.get(zmq.SRCFD))
         except zmq.ZMQError:
             number = -1  # ZMTP 1.0 or 2.0: what comes by these is read, and forgotten
-        key_role: str | None = ""
+        user = ""
         if self.auth:
             try:
-                key_role = self.auth.role(str(first.get("User-Id")))
+                user = str(first.get("User-Id"))
             except zmq.ZMQError:
                 number = -1  # no key that was looked at
         frames: list[bytes] = []
@@ -140,7 +140,11 @@ class Listener:
             # No message has more than two: what is behind them is read, and forgotten.
             if len(frames) < 3:
                 frames.append(frame.bytes)
-        return Received(number=number, key_role=key_role, frames=frames, nbytes=nbytes)
+        return Received(number=number, user=user, frames=frames, nbytes=nbytes)
+
+    def key_role(self, user: str) -> str | None:
+        """What a sender's key is limited to, "" if to nothing; None if the key was retired."""
+        return self.auth.role(user) if self.auth else ""
 
     def _wire_bytes(self, frames: Iterable[Sized]) -> int:
         return sum(framed(len(frame), curve=self.auth is not None) for frame in frames)

@@ -220,6 +220,14 @@ class Membership:
                 if _has_ended(peer):
                     self.drop(job, peer, "died: its process has ended", now)
 
+    def is_sent_to(self, identity: bytes) -> bool:
+        """Whether a member is sent to by this connection."""
+        return identity in self.identities.values()
+
+    def connections(self) -> list[bytes]:
+        """Those by which members are sent to, or may still be heard."""
+        return [*self.identities.values(), *self._former.values()]
+
     def are_back(self, since: float) -> bool:
         """Whether all members have connected again since then."""
         return all(self._guard.is_here(one, since=since) for one in self.identities.values())

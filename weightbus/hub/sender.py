@@ -12,20 +12,23 @@ from weightbus.control import messages as m
 from weightbus.control import wire
 from weightbus.hub.coordinator import Coordinator
 from weightbus.hub.flood_guard import Guard
+from weightbus.hub.local_sockets import LocalSockets
 
 # From this size on, all recipients of a message share one copy of it.
 SHARED_BYTES = 64 << 10
 
 
 class Sender:
-    """Sends over the hub's socket.
+    """Sends over the hub's socket, or by the Unix socket of a connection that has one.
 
     guard: knows what each connection has unread. counts: the hub's own. slow: members that could not be sent
     to, which the hub drops.
     """
 
-    def __init__(self, socket: zmq.Socket[Any], guard: Guard, counts: Counter[str]) -> None:
-        self._socket, self._guard, self._counts = socket, guard, counts
+    def __init__(
+        self, socket: zmq.Socket[Any], local: LocalSockets, guard: Guard, counts: Counter[str]
+    ) -> None:
+        self._socket, self._local, self._guard, self._counts = socket, local, guard, counts
         self.slow: set[str] = set()
 
     def flush(self, coordinator: Coordinator, identities: Mapping[str, bytes]) -> None:
@@ -51,6 +54,10 @@ class Sender:
 
     def send(self, identity: bytes, frames: list[Any], *, member: bool = False) -> bool:
         """False if the connection has too much unread. One that is gone is left to TCP."""
+        if identity in self._local:
+            if not (has_room := self._local.send(identity, frames)):
+                self._counts["unread"] += 1
+            return has_room
         nbytes = sum(len(frame) for frame in frames)
         if not self._guard.has_room(identity, nbytes, member=member):
             self._counts["unread"] += 1

@@ -3,6 +3,7 @@
 ``python -m weightbus.hub --address tcp://127.0.0.1:5757``. It decodes what comes in by its one socket, lets
 ``Coordinator`` decide, and sends. A fault is contained where it arises; docs/security.md says what can end
 the process still, in libzmq. It never blocks on a send, and takes messages of all connections in turn.
+Members of its own host are also heard, and sent to, by Unix sockets that the hub has connected to.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from weightbus.control.roles import may_send
 from weightbus.errors import HubError, ProtocolError
 from weightbus.hub.clients import Clients
 from weightbus.hub.coordinator import Coordinator
+from weightbus.hub.flood_guard import MAX_UNREAD_BYTES_OF_MEMBER
 from weightbus.hub.jobs import Handler, Jobs, ServedJob
 from weightbus.hub.listener import MAX_UNREAD, Listener
+from weightbus.hub.local_sockets import LocalSockets
 from weightbus.hub.membership import Membership
 from weightbus.hub.sender import Sender
 from weightbus.hub.tcp_connection import Connection
@@ -55,6 +58,10 @@ BACK_S = 10.0
 
 # Connections that have been shut, and that libzmq keeps all the same, before the hub listens anew.
 MAX_GHOSTS = 1000
+
+# Of a message to the hub, by a Unix socket.
+MAX_FRAMES = 3
+MAX_LOCAL_BYTES = m.MAX_FRAME_BYTES + 64
 
 # After a fault, so that one that comes again and again does not keep a core busy.
 FAULT_PAUSE_S = 0.01
@@ -92,9 +99,15 @@ class Hub:
         self._turns = Turns(self.counts)
         self.members = Membership(self.jobs, self.token, self.counts, self._turns, self._guard)
         self.clients = Clients(self.jobs, self.token, self.counts, self._turns, self._auth)
-        self.sender = Sender(self._listener.socket, self._guard, self.counts)
+        self._local = LocalSockets(
+            max_frames=MAX_FRAMES,
+            max_bytes=MAX_LOCAL_BYTES,
+            max_unsent=MAX_UNREAD,
+            max_unsent_bytes=MAX_UNREAD_BYTES_OF_MEMBER,
+        )
+        self.sender = Sender(self._listener.socket, self._local, self._guard, self.counts)
         self._anew = 0.0  # since when it has listened anew, until members are back
-        self._key_role: str | None = ""  # of the message in hand; None: its key was retired
+        self._user = ""  # whose key the message in hand came with
         self._started = time.monotonic()
         self._last_peer = 0.0
         self._stopping = False
@@ -122,12 +135,15 @@ class Hub:
     def serve(self) -> None:
         try:
             poller = self._listener.poller()
+            if (number := self._local.fileno()) >= 0:
+                poller.register(number, zmq.POLLIN)
             while not self._stopping and not self._deserted():
                 self._contained(self._step, poller)
         finally:
             self._close()
 
     def _close(self) -> None:
+        self._local.close()
         self._listener.close()
 
     def _contained(self, step: Callable[..., None], *arguments: Any) -> None:
@@ -146,12 +162,15 @@ class Hub:
     def _step(self, poller: zmq.Poller) -> None:
         """Wait for something to do, do it, and see to the clock."""
         until = self._spin_until
-        while not int(self._listener.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        while not (self._local.is_ready() or int(self._listener.socket.get(zmq.EVENTS)) & zmq.POLLIN):
             if time.monotonic() >= until:
                 poller.poll(50)
                 break
         if self._auth:
             self._contained(self._auth.answer)
+        for identity, user, frames in self._local.receive():
+            self.counts["messages"] += 1
+            self._contained(self._take, identity, user, frames, time.monotonic())
         # Bounded, so that a flood does not keep the clock from ticking. The socket itself takes
         # one message of each connection in turn, so that it does not keep others waiting.
         for _ in range(MAX_AT_ONCE):
@@ -198,6 +217,7 @@ class Hub:
         """Connections that have gone unheard, and ranks."""
         self._watch(now, sweep=True)
         self.members.drop_ended(now)
+        self._local.keep(self.members.connections())
 
     @property
     def _is_behind(self) -> bool:
@@ -278,17 +298,17 @@ class Hub:
         if received.number < 0:
             self.counts["refused"] += 1
             return
-        self._key_role = received.key_role
         now = time.monotonic()
         try:
             for connection in self._guard.took(received.number, identity, received.nbytes, now):
                 self._ended(connection, now)
-            self._take(identity, received.frames, now)
-            self._flush(now)
+            self._take(identity, received.user, received.frames, now)
         except Exception as error:
             self._fault(error)
 
-    def _take(self, identity: bytes, frames: list[bytes], now: float) -> None:
+    def _take(self, identity: bytes, user: str, frames: list[bytes], now: float) -> None:
+        """One message, whichever way it has come. user: the key of the connection that it is of."""
+        self._user = user
         answer: m.Message | None
         job: ServedJob | None = None
         try:
@@ -309,15 +329,20 @@ class Hub:
             if job is not None:
                 answer.job = job.name
             self.sender.answer(identity, answer)
+        self._flush(now)
 
     def _handle(self, identity: bytes, message: m.Message, now: float) -> m.Message | None:
-        if self._key_role is None:
+        key_role = self._listener.key_role(self._user)
+        if key_role is None:
             return self._retired(message, now)
-        if not may_send(self._key_role, message):
+        if not may_send(key_role, message):
             self.counts["not_allowed"] += 1
             what = f"hello of a {message.role}" if isinstance(message, m.Hello) else type(message).__name__
-            raise ProtocolError(f"{what}: not allowed with a {self._key_role}'s key; expected another role's")
-        return self._handlers[type(message)](identity, message, now)
+            raise ProtocolError(f"{what}: not allowed with a {key_role}'s key; expected another role's")
+        answer = self._handlers[type(message)](identity, message, now)
+        if isinstance(message, m.Beat) and message.local_socket and self.members.is_sent_to(identity):
+            self._local.open(identity, message.local_socket, self._user)
+        return answer
 
     def _piece(self, identity: bytes, piece: m.Piece, now: float) -> m.Message | None:
         """Of a message that is longer than a frame: a member's, or a client's, which has no peer."""

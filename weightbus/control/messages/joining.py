@@ -48,6 +48,9 @@ class Held(Record):
     round: Count = 0
 
 
+# Only sockets of this kind are connected to, whatever a rank says.
+LocalName = Annotated[str, Meta(pattern=r"\A(weightbus-[0-9a-f]{32})?\Z")]
+
 # How many tensors of a model a hello tells of.
 MAX_SAMPLE = 64
 
@@ -116,6 +119,7 @@ class Beat(Message, tag="beat"):
 
     stale: how many messages of other rounds this rank has dropped so far. here: from now on this rank is to be
     sent to over the connection that this comes by. looks: how often its main thread has looked for messages.
+    local_socket: under which the hub may connect, if it is on this rank's host; empty where not.
     """
 
     peer: Token
@@ -124,6 +128,7 @@ class Beat(Message, tag="beat"):
     stale: Count = 0
     here: bool = False
     looks: Count = 0
+    local_socket: LocalName = ""
 
 
 class Alive(Message, tag="alive"):
