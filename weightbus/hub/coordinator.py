@@ -428,13 +428,15 @@ class Coordinator:
     def _can_start(self, round: Round) -> bool:
         return self.roster.can_start(round.answers, round.enter.min_replicas)
 
+    def _is_held(self, round: Round, now: float) -> bool:
+        return now < self.held_until or not self._can_start(round) or self._rebuilt.awaits(self.roster, now)
+
     def _is_paused(self, round: Round, now: float) -> bool:
         return now < self.paused_until and round.enter.kind == "update"
 
     def _advance(self, round: Round, now: float) -> None:
         round.deadline += round.blame.tick(now)  # what ranks have said meanwhile is still to be heard
-        held = now < self.held_until or not self._can_start(round) or self._rebuilt.awaits(self.roster, now)
-        if round.phase is Phase.ENTER and now < round.deadline and held:
+        if round.phase is Phase.ENTER and now < round.deadline and self._is_held(round, now):
             return
         meets = round.hurried and round.phase in MEETING and not round.failures
         if meets and (away := absent(round, self.roster)):

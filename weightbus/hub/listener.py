@@ -21,6 +21,8 @@ from weightbus.hub.tcp_connection import framed
 # Messages that a connection may leave unread before it is dropped.
 MAX_UNREAD = 64
 
+_POLLIN = int(zmq.POLLIN)  # as a plain number, which is much faster to compare with
+
 # To have the address again where the hub listens anew.
 BIND_S = 5.0
 
@@ -107,6 +109,10 @@ class Listener:
                 if time.monotonic() > deadline:
                     raise HubError(f"address: can't listen on {self._address} again: {error}") from error
                 time.sleep(0.002)
+
+    def is_ready(self) -> bool:
+        """Whether there is a message to take."""
+        return bool(int(self.socket.get(zmq.EVENTS)) & _POLLIN)
 
     def take(self) -> zmq.Frame | None:
         """The first frame of the next message, which is its connection's identity; None if there is none."""

@@ -162,28 +162,20 @@ class Hub:
     def _step(self, poller: zmq.Poller) -> None:
         """Wait for something to do, do it, and see to the clock."""
         until = self._spin_until
-        while not (self._local.is_ready() or int(self._listener.socket.get(zmq.EVENTS)) & zmq.POLLIN):
+        while not (self._local.is_ready() or self._listener.is_ready()):
             if time.monotonic() >= until:
                 poller.poll(50)
                 break
-        if self._auth:
-            self._contained(self._auth.answer)
         for identity, user, frames in self._local.receive():
             self.counts["messages"] += 1
             self._contained(self._take, identity, user, frames, time.monotonic())
-        # Bounded, so that a flood does not keep the clock from ticking. The socket itself takes
-        # one message of each connection in turn, so that it does not keep others waiting.
-        for _ in range(MAX_AT_ONCE):
-            if (first := self._listener.take()) is None:
-                self._undrained = 0
-                self._drained = True
-                break
-            self._undrained += 1
-            self._receive(first)
+        if self._auth:
+            self._contained(self._auth.answer)
+        self._take_some()
         # Behind the messages, which ranks wait for: what they say of a connection is looked up with each.
         now = time.monotonic()
-        self._contained(self._watch, now)
         if now >= self._next_look:
+            self._contained(self._watch, now)
             alert = self._guard.is_alert(now)
             if alert or self._guard.holds or self._is_behind or now >= self._next_second:
                 self._contained(self._bound, now, alert)
@@ -195,6 +187,17 @@ class Hub:
             self._next_second = now + 1.0
             self._contained(self._look_for_ended, now)
             self._turns.next_second()
+
+    def _take_some(self) -> None:
+        """What has come by the hub's socket. Bounded, so that a flood does not keep the clock from ticking. The
+        socket itself takes one message of each connection in turn, so that it does not keep others waiting."""
+        for _ in range(MAX_AT_ONCE):
+            if not self._listener.is_ready() or (first := self._listener.take()) is None:
+                self._undrained = 0
+                self._drained = True
+                return
+            self._undrained += 1
+            self._receive(first)
 
     def _deserted(self) -> bool:
         now = time.monotonic()
@@ -225,7 +228,6 @@ class Hub:
 
     def _bound(self, now: float, alert: bool) -> None:
         """See to what is inside the socket."""
-        self._watch(now)
         drained, self._drained = self._drained, False
         self.counts["cut"] += self._guard.bound(now, drained=drained, behind=self._is_behind, alert=alert)
 
