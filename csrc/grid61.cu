@@ -1,5 +1,6 @@
-// grid61 on CUDA: one warp digests one tile. Compiled by NVRTC at first use (weightbus/digest/cuda.py), and
-// for the host by tests/cuda_on_host.cpp, where a warp is one thread after the other.
+// grid61 on CUDA: one warp digests one tile, and may write what it reads to another place. Compiled by NVRTC at
+// first use (weightbus/digest/cuda.py), and for the host by tests/support/cuda_on_host.cpp, where a warp is one
+// thread after the other.
 #include "grid61.h"
 #include "narrow.h"
 
@@ -13,8 +14,15 @@ using namespace grid61;
 
 namespace {
 
-struct Vector {
+struct alignas(16) Vector {
   u32 w0, w1, w2, w3;
+};
+
+// Where a segment's bytes are written as they are read: 16-byte vectors only. By segments_of, beside the segment.
+struct Store {
+  u64 address;           // for the first run's first byte
+  i64 row_stride;        // along the walk
+  i64 strides[kSlots];   // of each slot
 };
 
 // One lane's multipliers: of the words of a vector (word 0 has key**0), and of a step along the walk.
@@ -158,16 +166,31 @@ __device__ __forceinline__ Vector load_as(const unsigned char* p) {
 #define GRID61_IN_FLIGHT 4
 #endif
 
+// A thread's column at its last row, and the way to the row before it. Nothing is written without kStore.
+template <bool kStore> struct Copied {
+  __device__ __forceinline__ void take(const Vector&) {}
+};
+template <> struct Copied<true> {
+  unsigned char* at;
+  i64 back;
+  __device__ __forceinline__ void take(const Vector& v) {
+    *(Vector*)at = v;
+    at -= back;
+  }
+};
+
 // Sums of one thread's column of vectors, from its last row back to its first.
-template <int kUnit, int kCast>
-__device__ __forceinline__ void walk(const unsigned char* p, i64 back, i64 rows, const Key& key0, const Key& key1,
-                                     u64& sum0, u64& sum1) {
+template <int kUnit, int kCast, bool kStore>
+__device__ __forceinline__ void walk(const unsigned char* p, i64 back, i64 rows, Copied<kStore> to, const Key& key0,
+                                     const Key& key1, u64& sum0, u64& sum1) {
   constexpr int kFlight = kCast == kNoCast ? GRID61_IN_FLIGHT : (GRID61_IN_FLIGHT + 1) / 2;  // of as many bytes
   for (; rows >= kFlight; rows -= kFlight) {
     Vector v[kFlight];
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) v[i] = load_as<kUnit, kCast>(p - i * back);
     p -= kFlight * back;
+#pragma unroll
+    for (int i = 0; i < kFlight; ++i) to.take(v[i]);
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
       sum0 = horner(sum0, v[i], key0);
@@ -176,33 +199,47 @@ __device__ __forceinline__ void walk(const unsigned char* p, i64 back, i64 rows,
   }
   for (; rows > 0; --rows, p -= back) {
     Vector v = load_as<kUnit, kCast>(p);
+    to.take(v);
     sum0 = horner(sum0, v, key0);
     sum1 = horner(sum1, v, key1);
   }
 }
 
 // The same of whatever a segment has. partial: only bytes [low, high) of each vector are its.
-template <int kCast>
+template <int kCast, bool kStore>
 __device__ __forceinline__ void walk_segment(i64 unit, bool partial, int low, int high, const unsigned char* p,
-                                             i64 back, i64 rows, const Key& key0, const Key& key1, u64& sum0,
-                                             u64& sum1) {
-  if (partial) {
+                                             i64 back, i64 rows, Copied<kStore> to, const Key& key0, const Key& key1,
+                                             u64& sum0, u64& sum1) {
+  if constexpr (kStore) {
+    walk<16, kCast>(p, back, rows, to, key0, key1, sum0, sum1);
+  } else if (partial) {
     for (; rows > 0; --rows, p -= back) {
       Vector v = load_some<kCast>(p, low, high);
       sum0 = horner(sum0, v, key0);
       sum1 = horner(sum1, v, key1);
     }
   } else if (unit >= (kCast == kNoCast ? 16 : 8)) {
-    walk<16, kCast>(p, back, rows, key0, key1, sum0, sum1);
+    walk<16, kCast>(p, back, rows, to, key0, key1, sum0, sum1);
   } else if (kCast != kNoCast) {
-    walk<2, kCast>(p, back, rows, key0, key1, sum0, sum1);
+    walk<2, kCast>(p, back, rows, to, key0, key1, sum0, sum1);
   } else if (unit >= 4) {
-    walk<4, kNoCast>(p, back, rows, key0, key1, sum0, sum1);
+    walk<4, kNoCast>(p, back, rows, to, key0, key1, sum0, sum1);
   } else if (unit == 2) {
-    walk<2, kNoCast>(p, back, rows, key0, key1, sum0, sum1);
+    walk<2, kNoCast>(p, back, rows, to, key0, key1, sum0, sum1);
   } else {
-    walk<1, kNoCast>(p, back, rows, key0, key1, sum0, sum1);
+    walk<1, kNoCast>(p, back, rows, to, key0, key1, sum0, sum1);
   }
+}
+
+// As tile_at has the address.
+__device__ __forceinline__ unsigned char* store_at(const Segment& segment, const Store& store, u32 index) {
+  u64 address = store.address;
+  for (int s = 0; s < segment.slots_used; ++s) {
+    u32 count = (u32)segment.slots[s].count;
+    address += (u64)(index % count) * (u64)store.strides[s];
+    index /= count;
+  }
+  return (unsigned char*)address;
 }
 
 __device__ __forceinline__ u64 reduce(u64 sum) {  // to [0, P)
@@ -239,9 +276,12 @@ extern "C" __global__ void grid61_prepare(const u64* keys, i64 axes, const Segme
   for (i64 i = thread; i < half_count; i += stride) halves[i] = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
-    grid61_sums(const Segment* segments, const u32* segment_of_tile, i64 tiles, const u64* table, i64 axes,
-                const u64* steps, u64* halves) {
+namespace {
+
+// One warp's tile. stores: of each segment, with kStore.
+template <bool kStore>
+__device__ __forceinline__ void digest_tile(const Segment* segments, const Store* stores, const u32* segment_of_tile,
+                                            i64 tiles, const u64* table, i64 axes, const u64* steps, u64* halves) {
   i64 tile_number = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (tile_number >= tiles) return;  // the whole warp
   int thread = threadIdx.x % 32;
@@ -258,16 +298,23 @@ extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
   i64 back = segment.row_stride * abreast;
   const unsigned char* last = tile.address + 16 * column + row * segment.row_stride + (rows - 1) * back;
 
+  Copied<kStore> to;
+  if constexpr (kStore) {
+    const Store& store = stores[s];
+    to.back = store.row_stride * abreast;
+    to.at = store_at(segment, store, index) + 16 * column + row * store.row_stride + (rows - 1) * to.back;
+  }
+
   const u64* table1 = table + axes * kTablePerAxis;
   Key key0 = make_key(table, steps[kLanes * s]), key1 = make_key(table1, steps[kLanes * s + 1]);
   u64 sum0 = 0, sum1 = 0;
   bool partial = low > 0 || high < 16;
   if (segment.cast == kNoCast) {
-    walk_segment<kNoCast>(segment.unit, partial, low, high, last, back, rows, key0, key1, sum0, sum1);
+    walk_segment<kNoCast>(segment.unit, partial, low, high, last, back, rows, to, key0, key1, sum0, sum1);
   } else if (segment.cast == kToBfloat16) {
-    walk_segment<kToBfloat16>(segment.unit, partial, low, high, last, back, rows, key0, key1, sum0, sum1);
+    walk_segment<kToBfloat16>(segment.unit, partial, low, high, last, back, rows, to, key0, key1, sum0, sum1);
   } else {
-    walk_segment<kToHalf>(segment.unit, partial, low, high, last, back, rows, key0, key1, sum0, sum1);
+    walk_segment<kToHalf>(segment.unit, partial, low, high, last, back, rows, to, key0, key1, sum0, sum1);
   }
 
   // The thread's own place in the tile, then the tile's in the tensor.
@@ -297,6 +344,22 @@ extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
   add_to(out, multiply(sum0, tile_factor(segment, index, table, axes, 0)));
   add_to(out + 2, multiply(sum1, tile_factor(segment, index, table, axes, 1)));
 #endif
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
+    grid61_sums(const Segment* segments, const u32* segment_of_tile, i64 tiles, const u64* table, i64 axes,
+                const u64* steps, u64* halves) {
+  digest_tile<false>(segments, nullptr, segment_of_tile, tiles, table, axes, steps, halves);
+}
+
+// The same, and all that is digested is written to another place, cast if its segment is: one read of the source.
+// Where it is read and what it weighs is the segment's; its store says only where it goes.
+extern "C" __global__ void __launch_bounds__(256, GRID61_BLOCKS)
+    grid61_copies(const Segment* segments, const Store* stores, const u32* segment_of_tile, i64 tiles,
+                  const u64* table, i64 axes, const u64* steps, u64* halves) {
+  digest_tile<true>(segments, stores, segment_of_tile, tiles, table, axes, steps, halves);
 }
 
 // halves: [part][lane][half], each half below 2**64. sums: [part][lane] in [0, P); may lie in the host's memory.

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from weightbus.routes.peer import CompiledPeer, Peer, Wave
+from weightbus.routes.peer import CompiledPeer, Peer
+from weightbus.routes.waves import Wave
 
 
 class Recorded:
@@ -34,8 +35,8 @@ class Recorded:
 
 def test_a_hook_runs_after_all_copies_of_earlier_waves() -> None:
     """What it may write over has to be there first; the two lanes of copies do not wait for each other."""
-    copies: Any = SimpleNamespace(start=lambda stream: None)
-    near, hooked = Wave(by_kernel=copies), Wave(by_engine=[copies], wire="w")
+    copies: Any = SimpleNamespace(start=lambda lane: None)
+    near, hooked = Wave(near=copies), Wave(by_engine=[copies], wire="w")
     lanes = {name: Recorded(name) for name in ("send", "pack", "install", "digest")}
     every: Any = SimpleNamespace(**lanes, overlap=True, begin=lambda after: None)
     hook: Any = SimpleNamespace(run=lambda tensor: None)

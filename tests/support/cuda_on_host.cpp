@@ -13,8 +13,9 @@ static void atomicAdd(unsigned long long* sum, unsigned long long value) { *sum 
 
 #include "../../csrc/grid61.cu"
 
+// stores: null, or where all that is digested goes.
 extern "C" void grid61_on_host(const u64* keys, i64 axes, const Segment* segments, i64 segment_count,
-                               const u32* segment_of_tile, i64 tiles, i64 half_count, u64* table, u64* steps,
+                               const Store* stores, const u32* segment_of_tile, i64 tiles, i64 half_count, u64* table, u64* steps,
                                u64* halves, u64* sums) {
   gridDim.x = 1, blockDim.x = 256, blockIdx.x = 0;
   for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) {
@@ -23,7 +24,11 @@ extern "C" void grid61_on_host(const u64* keys, i64 axes, const Segment* segment
   gridDim.x = (unsigned)((tiles * 32 + 255) / 256);
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) {
-      grid61_sums(segments, segment_of_tile, tiles, table, axes, steps, halves);
+      if (stores) {
+        grid61_copies(segments, stores, segment_of_tile, tiles, table, axes, steps, halves);
+      } else {
+        grid61_sums(segments, segment_of_tile, tiles, table, axes, steps, halves);
+      }
     }
   }
   i64 count = half_count / 2;

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from weightbus.digest.grid61 import axis_keys
-from weightbus.digest.segments import Tiling, segments_of
+from weightbus.digest.segments import BoxCopy, Tiling, segments_of
 from weightbus.memory.shard import Part
 
 TABLE_PER_AXIS = 7 * 64
@@ -41,9 +41,12 @@ def library() -> ctypes.CDLL:
 class CudaOnHost:
     """As CudaSums, over host memory."""
 
-    def __init__(self, parts: Sequence[Part], tile_bytes: int = 1 << 13) -> None:
+    def __init__(
+        self, parts: Sequence[Part], tile_bytes: int = 1 << 13, copies: Sequence[Sequence[BoxCopy]] = ()
+    ) -> None:
         self.parts = list(parts)
-        self.segments = segments_of(parts, Tiling(strip_bytes=512, tile_bytes=tile_bytes, threads=32))
+        self.copies = bool(copies)
+        self.segments = segments_of(parts, Tiling(strip_bytes=512, tile_bytes=tile_bytes, threads=32), copies)
 
     def launch(self, seed: bytes, stream: None = None) -> Callable[[], np.ndarray]:
         segments, count = self.segments, len(self.segments.table)
@@ -58,8 +61,9 @@ class CudaOnHost:
         axes, count_, tiles, sum_count = map(ctypes.c_longlong, numbers)
         pointer = {k: ctypes.c_void_p(v.ctypes.data) for k, v in locals().items() if isinstance(v, np.ndarray)}
         table = ctypes.c_void_p(segments.table.ctypes.data)
+        stores = ctypes.c_void_p(segments.stores.ctypes.data if self.copies else None)
         library().grid61_on_host(
-            pointer["keys"], axes, table, count_, pointer["owners"], tiles, sum_count,
+            pointer["keys"], axes, table, count_, stores, pointer["owners"], tiles, sum_count,
             pointer["powers"], pointer["steps"], pointer["halves"], pointer["sums"],
         )  # fmt: skip
         return lambda: sums

@@ -4,7 +4,7 @@
 the fast ones over the same ``segments``; ``digester`` chooses between them.
 """
 
-from weightbus.digest.digester import Digester, model_digest, sub_part, tensor_digest
+from weightbus.digest.digester import Digester, model_digest, sub_part, tensor_digest, why_not_copied
 from weightbus.digest.fold import NameKeys, fold, fold_with
 from weightbus.digest.grid61 import STABLE_SEED, Digest, P, combine, model_digest_of
 
@@ -21,4 +21,5 @@ __all__ = [
     "model_digest_of",
     "sub_part",
     "tensor_digest",
+    "why_not_copied",
 ]

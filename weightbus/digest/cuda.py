@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 
 from weightbus.digest.grid61 import axis_keys
-from weightbus.digest.segments import VECTOR, Tiling, segments_of
+from weightbus.digest.segments import VECTOR, BoxCopy, Tiling, segments_of
 from weightbus.memory.cuda_kernels import kernels, stream_of
 from weightbus.memory.shard import Part
 
-_KERNELS = ("grid61_prepare", "grid61_sums", "grid61_finish")
+_KERNELS = ("grid61_prepare", "grid61_sums", "grid61_copies", "grid61_finish")
 _WARP = 32
 _BLOCK = 256
 _TABLE_PER_AXIS = 7 * 64  # kTablePerAxis in csrc/grid61.h
@@ -25,21 +25,30 @@ _MAX_TILE_BYTES = 1 << 16
 _MIN_TILE_BYTES = 1 << 12
 
 
-class CudaSums:
-    """Sums of parts on one CUDA device, with buffers that are allocated here and only here."""
+def grid61_kernels() -> list[Any]:
+    """Of the current device; raises ImportError if they can't be had."""
+    return kernels("grid61.cu", _KERNELS)
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._keep = list(parts)
+
+class CudaSums:
+    """Sums of parts on one CUDA device, with buffers that are allocated here and only here.
+
+    copies: where each part is written as it is read (``why_not_copied`` says what can be); by default nowhere.
+    """
+
+    def __init__(self, parts: Sequence[Part], copies: Sequence[Sequence[BoxCopy]] = ()) -> None:
+        self._keep = list(parts), list(copies)
         self._device = device = parts[0].tensor.device
         total = sum(part.nbytes for part in parts)
-        segments = segments_of(parts, _tiling(total, device))
+        segments = segments_of(parts, _tiling(total, device), copies)
         self._axes, self._tiles, self._count = segments.axes, segments.tiles, len(segments.table)
         bounds = np.append(segments.first_tiles, segments.tiles)
         owners = np.repeat(np.arange(self._count, dtype=np.int32), np.diff(bounds))
         with torch.cuda.device(device):
-            self._kernels = kernels("grid61.cu", _KERNELS)
+            self._kernels = grid61_kernels()
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._table = torch.from_numpy(segments.table).to(device)
+            self._stores = torch.from_numpy(segments.stores).to(device) if copies else None
             self._owners = torch.from_numpy(owners).to(device)
             # The host's memory, as the kernels see it: sooner than copies of so few bytes.
             self._keys = torch.empty((2, self._axes), dtype=torch.int64, pin_memory=True)
@@ -67,7 +76,7 @@ class CudaSums:
 
     def _prepared(self) -> list[tuple[Any, int, tuple[int, ...]]]:
         """Each launch's kernel, threads and arguments."""
-        prepare, sums, finish = self._kernels
+        prepare, sums, copying, finish = self._kernels
         keys, table, owners, powers, steps, halves, out = (
             tensor.data_ptr()
             for tensor in (
@@ -75,6 +84,7 @@ class CudaSums:
             )
         )  # fmt: skip
         count, axes, tiles = self._count, self._axes, self._tiles
+        stores = () if self._stores is None else (self._stores.data_ptr(),)
         work = max(self._powers.numel(), self._steps.numel(), self._halves.numel())
         launches = [
             (
@@ -82,7 +92,11 @@ class CudaSums:
                 min(work, _BLOCK << 10),
                 (keys, axes, table, count, self._halves.numel(), powers, steps, halves),
             ),
-            (sums, tiles * _WARP, (table, owners, tiles, powers, axes, steps, halves)),
+            (
+                copying if stores else sums,
+                tiles * _WARP,
+                (table, *stores, owners, tiles, powers, axes, steps, halves),
+            ),
             (finish, self._sums.numel(), (halves, self._sums.numel(), out)),
         ]
         return [launch for launch in launches if launch[1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from weightbus.digest.grid61 import STABLE_SEED, Digest, P, check_seed, combine, model_digest_of
 from weightbus.digest.reference import ReferenceSums
+from weightbus.digest.segments import BoxCopy, why_not_written
 from weightbus.errors import SpecError
 from weightbus.memory.shard import Part, check_plain, plain_view, spec_of
 from weightbus.memory.torch_copy import cast_on_host
@@ -37,10 +39,13 @@ class Digester:
     parts: any mix of dtypes, sizes, strides and devices. The storage behind them is read at each call, so it
     must stay where it is. What is ``narrowed`` is digested as what it is cast to: on CUDA while it is read, on
     the host out of a copy of one part at a time. nbytes: bytes that a call digests.
-    Raises SpecError for a part whose tensor is not its box in its dtype, and for what ``check_plain`` refuses.
+    copies: where each part is written as it is digested, by the kernel that reads it, all on one CUDA device:
+    only where ``why_not_copied`` finds no reason. By default nothing is written.
+    Raises ImportError where these can't be had, SpecError for a part whose tensor is not its box in its dtype,
+    and for what ``check_plain`` refuses.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], copies: Sequence[Sequence[BoxCopy]] = ()) -> None:
         checked = [_checked(part) for part in parts]
         self._count = len(checked)
         self.nbytes = sum(part.nbytes for part in checked)
@@ -50,6 +55,11 @@ class Digester:
             rows.setdefault((part.tensor.device, on_host and bool(part.narrowed)), []).append(row)
         # The host's last: it digests within the launch, beside what has been launched on GPUs.
         self._sums: list[tuple[npt.NDArray[np.intp], _Sums]] = []
+        if copies:
+            from weightbus.digest.cuda import CudaSums
+
+            self._sums.append((np.arange(self._count), CudaSums(checked, copies)))
+            return
         for device, cast in sorted(rows, key=lambda key: key[0].type == "cpu"):
             parts = [checked[row] for row in rows[device, cast]]
             sums = _CastSums(parts) if cast else _implementation(parts, device)
@@ -115,6 +125,31 @@ def sub_part(part: Part, box: Box) -> Part | None:
     if common is None:
         return None
     return Part(spec=part.spec, box=common, tensor=part.tensor[common.within(part.box)])
+
+
+def why_not_copied(part: Part, copies: Sequence[BoxCopy]) -> str:
+    """Why the kernel that digests ``part`` can't write it as it reads it; empty if it can.
+
+    copies: boxes of the part, each with the tensor that takes it.
+    """
+    device = part.tensor.device
+    if device.type != "cuda" or any(dst.device != device for _, dst in copies):
+        return "both do not lie on one CUDA device"
+    if any(str(dst.dtype) != f"torch.{part.spec.dtype}" for _, dst in copies):
+        return "it is written in another dtype than it is digested"
+    return why_not_written(part, copies) or _why_no_kernel(device)
+
+
+@cache
+def _why_no_kernel(device: torch.device) -> str:
+    try:
+        from weightbus.digest.cuda import grid61_kernels
+
+        with torch.cuda.device(device):
+            grid61_kernels()
+    except ImportError as error:
+        return f"no kernel: {error}"
+    return ""
 
 
 def _digest(spec: Spec, parts: Sequence[Part], rows: npt.NDArray[np.uint64], seed: bytes) -> Digest:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from weightbus.digest import Digester, NameKeys, P, fold_with
+from weightbus.digest.segments import BoxCopy
 from weightbus.planning.box import Box
 from weightbus.planning.facts import Facts
 from weightbus.tensors.install import Target
@@ -25,8 +26,9 @@ Sums = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.intp]
 
 # When a part is digested: after this wave (a trainer's part is packed, a server's in place), or, by its
-# wire name, when it is whole and its hook is about to take it.
-Stage = int | str
+# wire name, when it is whole and its hook is about to take it; or, by the wave in brackets, by the kernel that
+# copies it then, out of a trainer's part.
+Stage = int | str | tuple[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Entry:
 
     live: it lies in live storage then and later. own: this rank answers for it towards the groups. holders:
     the set of trainer ranks that hold it (``Replicated``) and are compared with each other; None for one alone.
+    copies: where its digest writes it (``Digester``), which is what the last kind of stage is for.
     """
 
     part: Part
@@ -58,6 +61,7 @@ class Entry:
     live: bool = True
     own: bool = True
     holders: int | None = None
+    copies: tuple[BoxCopy, ...] = ()
 
 
 class Ledger:
@@ -79,7 +83,8 @@ class Ledger:
         first = 0
         for stage, staged in by_stage.items():
             rows = slice(first, first + len(staged))
-            self._digesters[stage] = rows, Digester([entry.part for entry in staged])
+            copies = [entry.copies for entry in staged] if isinstance(stage, tuple) else []
+            self._digesters[stage] = rows, Digester([entry.part for entry in staged], copies)
             first = rows.stop
         self.sums: Sums = np.zeros((len(self._entries), 2), dtype=np.uint64)
         self._launched: list[tuple[slice, Callable[[], Sums]]] = []
@@ -106,7 +111,7 @@ class Ledger:
         self._launched.clear()
 
     def digest_live(self, seed: bytes) -> None:
-        """Digest everything that lies in live storage, as it lies now."""
+        """Digest everything that lies in live storage, as it lies now; nothing is copied."""
         self._launched.clear()
         for stage in self._digesters:
             if isinstance(stage, int):

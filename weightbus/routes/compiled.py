@@ -89,6 +89,7 @@ def make_planned(
         if copies is not None:
             plan = copies
             sharing.follow(plan, survey.rank)
+            _copied(plan, held)
             compiled = compile_peer(
                 plan,
                 survey.rank,
@@ -97,8 +98,9 @@ def make_planned(
                 own=own,
                 target=target,
                 staging=staging,
+                sent=held.entries,
             )
-            _copied(plan, held)
+            held.entries = list(compiled.sent)
         else:
             if not alone and staging.device.type == "cuda" and choice.reason not in (ASKED_FOR, OTHER_HOST):
                 say_once(f"no peer copies, NCCL serves: {choice.reason}")

@@ -7,119 +7,51 @@ into another's memory. No decisions are made here: the plan is compiled to waves
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from weightbus.digest.ledger import Ledger
+from weightbus.digest.ledger import Entry, Ledger
 from weightbus.memory.copy_descriptors import CASTS, cast_pieces
-from weightbus.memory.copy_descriptors import Piece as CastPiece
-from weightbus.memory.cuda_copy import CudaCopies, why_no_kernel
-from weightbus.memory.driver import EngineCopies
 from weightbus.memory.ipc import Import
-from weightbus.memory.kernel_copies import KernelCopies
 from weightbus.memory.shared_memory import SharedImport, view_of
 from weightbus.memory.streams import Lanes, Mark, wait_for
-from weightbus.memory.torch_copy import Copies
-from weightbus.memory.warn_once import say_once
 from weightbus.planning.box import Box
 from weightbus.planning.exports import Place
 from weightbus.planning.facts import Facts
 from weightbus.planning.peer_plan import PeerPlan, Piece
-from weightbus.planning.runs import Run, runs_of
 from weightbus.planning.spec import Spec
+from weightbus.routes.waves import OwnCopy, Wave, address_runs, copied_by_digests
 from weightbus.tensors.bucket import Staging, torch_dtype
 from weightbus.tensors.install import Target
 from weightbus.tensors.layout import Part
 from weightbus.tensors.loaders.hook import Hook
 
 # Bytes of a wave. What has come is digested while the next waves are under way, and the last one's digest
-# is all that the proof adds to the time.
+# is all that the proof adds to the time. Within a GPU copies leave its memory no time for digests: there it
+# only counts how often the kernels start.
 WAVE_BYTES = 1 << 30
-
-# A copy engine takes some microseconds for each of these, and a kernel hardly longer for all of them.
-SMALL_BYTES = 256 << 10
+NEAR_WAVES = 4  # of as many bytes within a GPU
 
 # Tensors with hooks that are under way: one is put together while another's hook runs.
 HOOK_SLOTS = 2
 
 
-@dataclass(slots=True)
-class Wave:
-    """Copies that are started together. wire: the tensor that they make whole, if its hook is to run then.
-
-    host: between tensors, by torch. near, far, down: by addresses, within a GPU, from another, and from one to
-    host memory. cast, cast_far: those that a kernel casts on the way. to_host: whether the host reads what it
-    brings, and waits for it first.
-    """
-
-    nbytes: int = 0
-    host: Copies = field(default_factory=Copies)
-    near: list[Run] = field(default_factory=list)
-    far: list[Run] = field(default_factory=list)
-    down: list[Run] = field(default_factory=list)
-    cast: list[CastPiece] = field(default_factory=list)
-    cast_far: list[CastPiece] = field(default_factory=list)
-    by_engine: list[EngineCopies] = field(default_factory=list)
-    by_kernel: KernelCopies | None = None
-    by_cast: CudaCopies | None = None
-    by_far_cast: CudaCopies | None = None
-    wire: str = ""
-    to_host: bool = False
-
-    def seal(self, device: torch.device) -> None:
-        """Prepare what the device's copies need: the engines for what comes from another GPU, since they
-        leave its multiprocessors alone, and one kernel for the rest."""
-        by_kernel = self.near + [run for run in self.far if run.nbytes <= SMALL_BYTES]
-        by_engine = [run for run in self.far if run.nbytes > SMALL_BYTES]
-        if by_kernel:
-            try:
-                self.by_kernel = KernelCopies(by_kernel, device)
-            except ImportError as error:
-                say_once(f"peer copies within a GPU by the driver alone, exact but slower: {error}")
-                by_engine = by_kernel + by_engine
-        if by_engine:
-            self.by_engine.append(EngineCopies(by_engine))
-        if self.down:
-            self.by_engine.append(EngineCopies(self.down, to_host=True))
-        if self.cast:
-            self.by_cast = CudaCopies(self.cast, device, share=1)
-        if self.cast_far:
-            self.by_far_cast = CudaCopies(self.cast_far, device)
-        self.to_host |= bool(self.down) or self.host.to_host
-        self.near, self.far, self.down, self.cast, self.cast_far = [], [], [], [], []
-
-    def start(self, lanes: Lanes) -> list[Mark]:
-        """All are reached once all is copied. What comes over the link, and what lies here, go side by side:
-        neither waits for the other's part of an earlier wave."""
-        marks: list[Mark] = []
-        if self.host or self.by_engine or self.by_far_cast:
-            with lanes.send:
-                self.host.run()
-                for copies in self.by_engine:
-                    copies.start(lanes.send.stream)
-                if self.by_far_cast is not None:
-                    self.by_far_cast.run()
-            marks.append(lanes.send.mark())
-        if self.by_kernel or self.by_cast:
-            with lanes.pack:
-                if self.by_kernel is not None:
-                    self.by_kernel.start(lanes.pack.stream)
-                if self.by_cast is not None:
-                    self.by_cast.run()
-            marks.append(lanes.pack.mark())
-        return marks
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledPeer:
-    """One server rank's waves. whole: for each tensor with a hook, the whole tensor that the hook will take.
-    last: for each tensor that is copied, the wave that brings the last of it."""
+    """One rank's part of a plan.
+
+    waves: of a server rank. whole: for each tensor with a hook, the whole tensor that the hook will take.
+    last: for each tensor that is copied, the wave that brings the last of it. sent: what is digested of what
+    this rank sends.
+    """
 
     waves: list[Wave]
     whole: dict[str, Tensor]
     last: dict[str, int]
+    sent: Sequence[Entry] = ()
 
 
 class _Compiler:
@@ -140,13 +72,18 @@ class _Compiler:
     def add(self, piece: Piece, spec: Spec, dst: Tensor, box: Box) -> None:
         """``box``, inside the piece's, to ``dst``, which has its shape."""
         wave = self.waves[-1]
-        if wave.nbytes >= self.wave_bytes:
+        if wave.far_bytes >= self.wave_bytes or wave.nbytes >= NEAR_WAVES * self.wave_bytes:
             self.waves.append(wave := Wave())
         wave.nbytes += dst.nbytes
         self.last[spec.name] = len(self.waves) - 1
+        if not self._add(wave, piece, spec, dst, box):
+            wave.far_bytes += dst.nbytes
+
+    def _add(self, wave: Wave, piece: Piece, spec: Spec, dst: Tensor, box: Box) -> bool:
+        """Whether both ends lie in one GPU's memory."""
         if piece.src == self.rank:
-            self._add_own(wave, spec.name, dst, box)
-            return
+            part = next(part for part in self.own[spec.name] if part.box.intersect(box) == box)
+            return wave.add_own(OwnCopy(spec.name, piece.box, box, dst, part.tensor[box.within(part.box)]))
         opened = self.imports[piece.src]
         held, place = next(
             (held, place)
@@ -158,48 +95,33 @@ class _Compiler:
         inner = tuple(o - base for o, base in zip(box.offsets, held.offsets, strict=True))
         element = sum(o * stride for o, stride in zip(inner, place.strides, strict=True))
         dtype = torch_dtype(self.facts[piece.src][spec.name].spec.dtype)
-        self._add_imported(wave, opened, place, element, dtype, dst, box)
-
-    def _add_own(self, wave: Wave, name: str, dst: Tensor, box: Box) -> None:
-        part = next(part for part in self.own[name] if part.box.intersect(box) == box)
-        src = part.tensor[box.within(part.box)]
-        if dst.device.type == "cpu" or src.device != dst.device:
-            wave.host.add(dst, src)
-        elif src.dtype == dst.dtype:
-            wave.near += _runs(dst, box, src.stride(), src.data_ptr())
-        elif (src.dtype, dst.dtype) in CASTS and not why_no_kernel(dst.device):
-            wave.cast += cast_pieces(dst, src.data_ptr(), src.stride(), CASTS[src.dtype, dst.dtype])
-        else:
-            wave.host.add(dst, src)
+        return self._add_imported(wave, opened, place, element, dtype, dst, box)
 
     @staticmethod
     def _add_imported(
         wave: Wave, opened: Import, place: Place, element: int, dtype: torch.dtype, dst: Tensor, box: Box
-    ) -> None:
+    ) -> bool:
         """element: the first one's number, from the place's. dtype: the source's."""
         if isinstance(opened, SharedImport):  # where it has been cast
             memory, offset = opened.memory[place.allocation], place.offset + element * dst.itemsize
             wave.host.add(dst, view_of(memory, offset, dst.dtype, box.sizes, place.strides))
-            return
+            return False
         address = opened.addresses[place.allocation] + place.offset + element * dtype.itemsize
         if dtype != dst.dtype:
             pieces = cast_pieces(dst, address, place.strides, CASTS[dtype, dst.dtype])
             if opened.near:
-                wave.cast += pieces
+                wave.near.cast += pieces
             else:
                 wave.cast_far += pieces
-            return
-        runs = _runs(dst, box, place.strides, address)
+            return opened.near
+        runs = address_runs(dst, place.strides, address)
         if dst.device.type == "cpu":
             wave.down += runs
         elif opened.near:
-            wave.near += runs
+            wave.near.runs += runs
         else:
             wave.far += runs
-
-
-def _runs(dst: Tensor, box: Box, strides: Sequence[int], address: int) -> list[Run]:
-    return runs_of(box.sizes, dst.stride(), strides, itemsize=dst.itemsize, dst=dst.data_ptr(), src=address)
+        return opened.near and dst.device.type != "cpu"
 
 
 def compile_peer(
@@ -211,16 +133,17 @@ def compile_peer(
     own: Mapping[str, Sequence[Part]],
     target: Target | None,
     staging: Staging,
+    sent: Sequence[Entry] = (),
     wave_bytes: int = WAVE_BYTES,
 ) -> CompiledPeer:
     """This rank's copies; none on a rank that only trains.
 
     facts: of the trainer ranks. imports: their memory, mapped here. own: the parts that this process itself
-    sends. Tensors with hooks are put together in staging memory, in turns, and of each only the elements that
-    its hook is known to take.
+    sends. sent: what it digests of them, what it copies itself as it is copied. Tensors with hooks are put
+    together in staging memory, in turns, and of each only the elements that its hook is known to take.
     """
     if target is None:
-        return CompiledPeer(waves=[], whole={}, last={})
+        return CompiledPeer(waves=[], whole={}, last={}, sent=sent)
     compiler = _Compiler(rank, facts, imports, own, wave_bytes)
     hooked: dict[str, list[Piece]] = {wire: [] for wire in target.hooks}
     for piece in plan.copies[rank]:
@@ -240,9 +163,10 @@ def compile_peer(
         compiler.waves[-1].wire = wire
         compiler.waves[-1].to_host = target.hooks[wire].to_host
         compiler.last[wire] = len(compiler.waves) - 1
+    sent = copied_by_digests(compiler.waves, sent)
     for wave in compiler.waves:
         wave.seal(staging.device)
-    return CompiledPeer(waves=compiler.waves, whole=whole, last=compiler.last)
+    return CompiledPeer(waves=compiler.waves, whole=whole, last=compiler.last, sent=sent)
 
 
 def _place_whole(target: Target, staging: Staging) -> dict[str, Tensor]:
@@ -295,7 +219,7 @@ class Peer:
                     lanes.send.after(hooked[-HOOK_SLOTS])
                     lanes.pack.after(hooked[-HOOK_SLOTS])
                 self.wrote = True
-                marks = wave.start(lanes)
+                marks = wave.start(lanes, partial(self.sent.launch, (index,), seed) if seed else None)
                 if wave.wire:
                     # Of earlier waves, too: what a hook may write over has to be there before it writes.
                     for lane in (lanes.send, lanes.pack):
