@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from weightbus.errors import SpecError, WeightbusError
+from weightbus.errors import SpecError, UpdateError, WeightbusError
 from weightbus.hub.in_process import PREFIX
 from weightbus.inventory.derived import Derived
 from weightbus.inventory.reads import Inputs
@@ -29,17 +30,113 @@ from weightbus.tensors.ranks import rank_and_size
 _numbers = itertools.count()
 
 
+class Pending:
+    """An update whose source is copied, and whose target is not written before ``result()`` or ``poll()``."""
+
+    def __init__(self, write: Callable[[], Report]) -> None:
+        self._write: Callable[[], Report] | None = write
+        self._report: Report | None = None
+        self._error: WeightbusError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been written, or has failed."""
+        return self._write is None
+
+    def result(self) -> Report:
+        """The report; the first call, or ``Colocated.poll``, writes the target. Collective over the ranks.
+
+        Raises as ``Colocated.update`` does, each time; and UpdateError if the pair was closed before.
+        """
+        write, self._write = self._write, None
+        if write is not None:
+            try:
+                self._report = write()
+            except WeightbusError as error:
+                self._error = error
+            except BaseException as error:
+                self._error = UpdateError(f"its update was interrupted: {error!r}")
+                raise
+        if self._report is None:
+            raise self._error or UpdateError("the pair was closed before this update was written")
+        return self._report
+
+    def _drop(self) -> None:
+        self._write = None
+
+
 class Colocated:
     """What ``colocate`` returns: a publisher and a subscriber of this process."""
 
     def __init__(self, publisher: Publisher, subscriber: Subscriber) -> None:
         self._publisher, self._subscriber = publisher, subscriber
+        self._pending: Pending | None = None
+
+    @overload
+    def update(
+        self,
+        version: int | None = None,
+        *,
+        verify: bool = True,
+        modules: Sequence[str] | None = None,
+        wait: Literal[True] = True,
+    ) -> Report: ...
+
+    @overload
+    def update(
+        self,
+        version: int | None = None,
+        *,
+        verify: bool = True,
+        modules: Sequence[str] | None = None,
+        wait: Literal[False],
+    ) -> Pending: ...
 
     def update(
-        self, version: int | None = None, *, verify: bool = True, modules: Sequence[str] | None = None
-    ) -> Report:
-        """Write the source's tensors into the target; as ``Publisher.update``. Collective over the ranks."""
-        return self._publisher.update(version, verify=verify, modules=modules)
+        self,
+        version: int | None = None,
+        *,
+        verify: bool = True,
+        modules: Sequence[str] | None = None,
+        wait: bool = True,
+    ) -> Report | Pending:
+        """Write the source's tensors into the target; as ``Publisher.update``. Collective over the ranks.
+
+        wait: if False, only the source is copied, in the order of the current stream, and may change at once;
+        ``poll()``, or ``result()`` of what is returned, writes the target. The copy, whose memory is kept
+        (``copy_to``), has the dtypes in which the target took float32 last, if these are bfloat16 or float16.
+        Raises UpdateError while an earlier update waits to be written.
+        """
+        if self._pending is not None and not self._pending.done:
+            raise UpdateError("update: expected the last one to be written first, by poll() or its result()")
+        if wait:
+            return self._publisher.update(version, verify=verify, modules=modules)
+        self._pending = Pending(self._copied(version, modules, verify=verify))
+        return self._pending
+
+    @torch.inference_mode(False)
+    def _copied(
+        self, version: int | None, modules: Sequence[str] | None, *, verify: bool
+    ) -> Callable[[], Report]:
+        """What writes the source as it is now."""
+        publisher = self._publisher
+        enter, copied = publisher._begin(version, modules, verify=verify, wait=False, narrow=True)
+
+        @torch.inference_mode(False)
+        def write() -> Report:
+            report = publisher._send(enter, time.monotonic(), publisher._progress, copied)
+            publisher._run_tasks()
+            return report
+
+        return write
+
+    def poll(self) -> Report | None:
+        """Write the update that waits, if one does, while the engine stands still; its report.
+
+        Collective over the ranks. Raises as ``update`` does.
+        """
+        pending, self._pending = self._pending, None
+        return None if pending is None or pending.done else pending.result()
 
     def check(self) -> Verdict:
         """Digest what the target holds, live, against the last version's sums; as ``Publisher.check``."""
@@ -61,7 +158,9 @@ class Colocated:
         return self._subscriber.error
 
     def close(self) -> None:
-        """Give back all memory that the updates took."""
+        """Give back all memory that the updates took. One that waits to be written is dropped."""
+        if self._pending is not None:
+            self._pending._drop()
         self._publisher.close()
         self._subscriber.close()
 

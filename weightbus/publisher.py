@@ -29,19 +29,13 @@ from weightbus.session.progress import Progress
 from weightbus.session.results import reasons_of, report_of, verdict_of
 from weightbus.session.saving import save_source
 from weightbus.session.session import Session
-from weightbus.session.terms import Terms
+from weightbus.session.terms import BUCKET_BYTES, DEFAULT_NUM_BUCKETS, Terms
 from weightbus.session.torch_start import start_token
 from weightbus.tensors.layout import Source
 from weightbus.tensors.ranks import rank_and_size
-from weightbus.tensors.source_copy import Where
+from weightbus.tensors.source_copy import NOT_CAST, Where
 
 log = logging.getLogger("weightbus")
-
-# A wave's bytes: enough that the link's pauses between waves do not count, little enough that the first
-# wave's packing and the last one's installing do not either.
-CUDA_BUCKET_BYTES = 256 << 20
-CPU_BUCKET_BYTES = 64 << 20
-DEFAULT_NUM_BUCKETS = 2
 
 DEFAULT_FILE_BYTES = 4 << 30
 
@@ -112,12 +106,10 @@ class Publisher:
     ) -> None:
         self._origin = Origin(source, wire_names(exclude, rename))
         device = self._origin.layout.device
-        if bucket_bytes is None:
-            bucket_bytes = CUDA_BUCKET_BYTES if device.type == "cuda" else CPU_BUCKET_BYTES
         self._terms = Terms(
             min_replicas=min_replicas,
             retries=retries,
-            bucket_bytes=bucket_bytes,
+            bucket_bytes=BUCKET_BYTES[device.type == "cuda"] if bucket_bytes is None else bucket_bytes,
             num_buckets=num_buckets,
             route=route,
             copy_to=copy_to,
@@ -196,16 +188,12 @@ class Publisher:
         server ranks were left with a mixture, HubError if the hub is lost.
         """
         begun = time.monotonic()
-        follows = version is None
-        version = (self._resume or 0) if version is None else checked_version(version)
-        self._settle()
-        if not wait and self._origin.refresh(in_place=True):
-            self._session.context.plans.clear()
-        sent: m.Sent = "live" if wait else self._terms.copy_to
-        enter = self._enter("update", version, modules, verify=verify, sent=sent)
-        enter.follows, enter.after = follows, self._resume if follows else None
+        if not wait and self._session.context.destination is not None:
+            serves = "this process serves the weights that it updates; colocate(...).update does that"
+            raise UpdateError(f"wait: expected True, got False: {serves}")
+        enter, copied = self._begin(version, modules, verify=verify, wait=wait)
         if wait:
-            title = "the next version" if follows else f"version {version}"
+            title = "the next version" if version is None else f"version {version}"
             bar = Bar(title) if self._progress is None and self.rank == 0 else None
             try:
                 report = self._send(enter, begun, self._progress or bar, None)
@@ -214,15 +202,33 @@ class Publisher:
                     bar.close()
             self._run_tasks()
             return report
-        if self._session.context.destination is not None:
-            raise UpdateError("wait: expected True, got False: this process serves the weights that it updates")
-        copied = None
-        if not enter.refusal:
-            copied = self._origin.copy(self._terms.copy_to, modules)
         if self._background is None:
             self._background = ThreadPoolExecutor(1, "weightbus-update")
         self._pending = self._background.submit(self._send, enter, begun, self._progress, copied)
         return self._pending
+
+    def _begin(
+        self,
+        version: int | None,
+        modules: Sequence[str] | None,
+        *,
+        verify: bool,
+        wait: bool,
+        narrow: bool = False,
+    ) -> tuple[m.Enter, SourceCopy | None]:
+        """What an update says first; unless it waits, with a copy of the source as it is now. narrow: cast to
+        what servers have taken last (``Origin.narrowed``)."""
+        follows = version is None
+        version = (self._resume or 0) if version is None else checked_version(version)
+        self._settle()
+        if not wait and self._origin.refresh(in_place=True):
+            self._session.context.plans.clear()
+        sent: m.Sent = "live" if wait else self._terms.copy_to
+        dtypes = self._origin.narrowed(self._session.context.wire) if narrow else NOT_CAST
+        enter = self._enter("update", version, modules, verify=verify, sent=sent, dtypes=dtypes)
+        enter.follows, enter.after = follows, self._resume if follows else None
+        copied = not wait and not enter.refusal
+        return enter, self._origin.copy(self._terms.copy_to, modules, dtypes) if copied else None
 
     def _settle(self) -> None:
         """Wait for the update in the background; what became of it is its future's to say."""
@@ -366,8 +372,9 @@ class Publisher:
         *,
         verify: bool = True,
         sent: m.Sent = "live",
+        dtypes: Mapping[str, str] = NOT_CAST,
     ) -> m.Enter:
-        enter = self._terms.enter(self._origin, kind, version, modules, verify=verify, sent=sent)
+        enter = self._terms.enter(self._origin, kind, version, modules, verify=verify, sent=sent, dtypes=dtypes)
         enter.peer, enter.task = self._session.link.peer, self._task
         return enter
 

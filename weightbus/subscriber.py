@@ -22,7 +22,6 @@ from weightbus.errors import SpecError, WeightbusError
 from weightbus.inventory.derived import Derived
 from weightbus.inventory.reads import Inputs
 from weightbus.progress import Bar
-from weightbus.publisher import DEFAULT_NUM_BUCKETS
 from weightbus.report import Loaded
 from weightbus.session.arguments import checked_version
 from weightbus.session.baseline import Baseline, check_baseline
@@ -33,6 +32,7 @@ from weightbus.session.progress import Progress
 from weightbus.session.results import raise_for
 from weightbus.session.session import Session
 from weightbus.session.task_participant import take_part
+from weightbus.session.terms import DEFAULT_NUM_BUCKETS
 from weightbus.session.waiting import wait_for, wait_for_check
 from weightbus.tensors.install import NameMap
 from weightbus.tensors.layout import Source

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from weightbus.control import messages as m
-from weightbus.errors import ProtocolError
+from weightbus.errors import ProtocolError, SpecError
 from weightbus.memory.streams import wait_for
 from weightbus.planning.exports import Exports, decode_exports, decode_reach
 from weightbus.planning.facts import Facts, decode_facts, encode_facts, ties_of
@@ -104,7 +104,10 @@ class Agreement:
             self._donor = Donor(context.destination, offer.jobs[0])
         if me.trainer is None or (origin := self.origin) is None:
             return None
-        blob, _ = origin.facts(offer.modules)
+        if isinstance(origin, Origin) and self._copied:
+            blob, _ = origin.facts(offer.modules, self._copied.frozen.dtypes)
+        else:
+            blob, _ = origin.facts(offer.modules)
         layout, parts = origin.layout.select(offer.modules), self.parts()
         memory = self._sharing.export({name: parts[name] for name in (*layout.specs, *layout.aliases)})
         return m.Facts(peer=context.link.peer, blob=blob, memory=memory)
@@ -167,7 +170,23 @@ class Agreement:
         own = self.parts() if self._context.me.trainer is not None else {}
         target = self._target(offer, self._sources)
         sharing, self._sharing = self._sharing, None  # from here on the plan's to close
-        return make_planned(survey, offer.settings, sharing, own, target, self._context.staging)
+        planned = make_planned(survey, offer.settings, sharing, own, target, self._context.staging)
+        try:
+            self._learn({spec.name: spec.dtype for spec in planned.plan.specs})
+        except BaseException:
+            sharing.close()
+            raise
+        return planned
+
+    def _learn(self, wire: dict[str, str]) -> None:
+        """Keep the dtypes in which tensors travel. Raises SpecError for a copy that was cast to another one."""
+        self._context.wire |= wire
+        for name, dtype in self._copied.frozen.dtypes.items() if self._copied else ():
+            if wire.get(name, dtype) != dtype:
+                raise SpecError(
+                    f"{name}: expected server ranks to take {dtype} as before, to which its copy was cast, got "
+                    f"{wire[name]}; update again"
+                )
 
     def _target(self, offer: m.Offer, sources: m.Gathered) -> Target | None:
         destination = self._context.destination

@@ -65,6 +65,7 @@ class Context:
         self.origin: Origin | None = None
         self.destination: Destination | None = None
         self.plans = Plans()
+        self.wire: dict[str, str] = {}  # dtypes in which tensors travelled last, the same on all ranks
         self.epoch = -1
         self.members: list[m.Member] = []
         self.place = 0

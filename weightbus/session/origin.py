@@ -13,9 +13,10 @@ from weightbus.digest.ledger import Record
 from weightbus.errors import SpecError
 from weightbus.memory.streams import Mark
 from weightbus.planning.facts import Holding, encode_facts, facts_id
+from weightbus.planning.peer_plan import CASTS
 from weightbus.session.endpoint import Endpoint
 from weightbus.tensors.layout import Layout, Source
-from weightbus.tensors.source_copy import Frozen, Where
+from weightbus.tensors.source_copy import NOT_CAST, Frozen, Where
 from weightbus.tensors.torch_owners import Owners
 
 
@@ -34,7 +35,8 @@ class Origin(Endpoint):
         super().__init__(source, name_of=name_of)
         pairs = not isinstance(self.source, nn.Module | Mapping)
         self._owners = Owners(self.layout.watch.named if pairs else ())
-        self._told: tuple[Layout, dict[tuple[str, ...] | None, tuple[bytes, str]]] = self.layout, {}
+        self._told: tuple[Layout, Mapping[str, str], dict[tuple[str, ...] | None, tuple[bytes, str]]]
+        self._told = self.layout, NOT_CAST, {}
         self._frozen: Frozen | None = None
 
     def refresh(self, *, in_place: bool = False) -> bool:
@@ -47,27 +49,43 @@ class Origin(Endpoint):
             )
         return super().refresh(in_place=in_place)
 
-    def copy(self, where: Where, modules: Sequence[str] | None) -> SourceCopy:
-        """A copy of the source as it is now; its memory is kept as long as the layout is the same."""
-        if self._frozen is None or self._frozen.layout is not self.layout:
+    def narrowed(self, wire: Mapping[str, str]) -> dict[str, str]:
+        """Those dtypes of ``wire``, by wire name, to which a copy may be cast as peer copies cast."""
+        layout, found = self.layout, dict[str, str]()
+        names = {name: [name] for name in layout.specs}
+        for alias, name in layout.aliases.items():
+            names[name].append(alias)
+        for name, spec in layout.specs.items():
+            dtypes = {wire[one] for one in names[name] if one in wire}
+            if len(dtypes) == 1 and (spec.dtype, dtype := dtypes.pop()) in CASTS:
+                found |= dict.fromkeys(names[name], dtype)
+        return found
+
+    def copy(
+        self, where: Where, modules: Sequence[str] | None, dtypes: Mapping[str, str] = NOT_CAST
+    ) -> SourceCopy:
+        """A copy of the source as it is now; its memory is kept as long as layout and dtypes are the same."""
+        kept = self._frozen
+        if kept is None or kept.layout is not self.layout or kept.dtypes != dtypes:
             self._frozen = None  # before as much is allocated again
-            self._frozen = Frozen(self.layout, where)
-        return SourceCopy(frozen=self._frozen, filled=self._frozen.fill(modules))
+            self._frozen = kept = Frozen(self.layout, where, dtypes)
+        return SourceCopy(frozen=kept, filled=kept.fill(modules))
 
-    def facts(self, modules: Sequence[str] | None) -> tuple[bytes, str]:
-        """This rank's facts and their id, kept as long as the layout is the same.
+    def facts(self, modules: Sequence[str] | None, dtypes: Mapping[str, str] = NOT_CAST) -> tuple[bytes, str]:
+        """This rank's facts and their id, kept as long as layout and dtypes are the same.
 
+        dtypes: of a copy that is sent instead, as of ``copy``.
         Raises SpecError for a module that the source does not have.
         """
-        if self._told[0] is not self.layout:
-            self._told = self.layout, {}
-        key = None if modules is None else tuple(modules)
-        if key not in self._told[1]:
+        if self._told[0] is not self.layout or self._told[1] != dtypes:
+            self._told = self.layout, dtypes, {}
+        key, told = None if modules is None else tuple(modules), self._told[2]
+        if key not in told:
             layout, device = self.layout.select(modules), self.layout.device
             tied = set(layout.aliases.values())
             held = {
                 name: Holding(
-                    spec=spec,
+                    spec=replace(spec, dtype=dtypes.get(name, spec.dtype)),
                     boxes=tuple(part.box for part in layout.parts[name]),
                     in_place=all(
                         part.tensor.is_contiguous() and part.tensor.device == device
@@ -81,8 +99,8 @@ class Origin(Endpoint):
             for alias, name in layout.aliases.items():
                 held[alias] = replace(held[name], spec=replace(held[name].spec, name=alias))
             blob = encode_facts({name: held[name] for name in sorted(held, key=str.encode)})
-            self._told[1][key] = blob, facts_id(blob)
-        return self._told[1][key]
+            told[key] = blob, facts_id(blob)
+        return told[key]
 
     def sketch(self) -> m.Sketch:
         """What this rank holds, in short."""

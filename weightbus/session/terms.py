@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from weightbus.control import messages as m
 from weightbus.errors import SpecError, WeightbusError
 from weightbus.session.origin import Origin
-from weightbus.tensors.source_copy import Where
+from weightbus.tensors.source_copy import NOT_CAST, Where
+
+# A wave's bytes, on the CPU and on CUDA: enough that the link's pauses between waves do not count, little
+# enough that the first wave's packing and the last one's installing do not either.
+BUCKET_BYTES = 64 << 20, 256 << 20
+DEFAULT_NUM_BUCKETS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +56,16 @@ class Terms:
         *,
         verify: bool,
         sent: m.Sent,
+        dtypes: Mapping[str, str] = NOT_CAST,
     ) -> m.Enter:
-        """A call of that kind. One that this rank can't make bears a refusal: the other trainer ranks are
-        calling too, and get this reason instead of a deadline."""
+        """A call of that kind. dtypes: as of ``Origin.facts``.
+
+        One that this rank can't make bears a refusal: the other trainer ranks are calling too, and get this
+        reason instead of a deadline.
+        """
         facts = refusal = ""
         try:
-            _, facts = origin.facts(modules)
+            _, facts = origin.facts(modules, dtypes)
         except WeightbusError as error:
             refusal = str(error)
         jobs = origin.jobs() if kind == "check" else []
