@@ -11,6 +11,7 @@ with what the masters give after an update of each kind, and after the last.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for masters in MASTERS:
         rows += case(args.model, masters, args.rounds)
+        gc.collect()
         torch.cuda.empty_cache()
         record.write(args.json, "proof", rows, model=args.model)
     for row in rows:

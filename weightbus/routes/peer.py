@@ -30,10 +30,10 @@ from weightbus.tensors.layout import Part
 from weightbus.tensors.loaders.hook import Hook
 
 # Bytes of a wave. What has come is digested while the next waves are under way, and the last one's digest
-# is all that the proof adds to the time. Within a GPU copies leave its memory no time for digests: there it
-# only counts how often the kernels start.
+# is all that the proof adds to the time. Within a GPU copies leave its memory no time for digests, and each
+# start of a kernel costs some: waves of what lies there are longer by a factor.
 WAVE_BYTES = 1 << 30
-NEAR_WAVES = 4  # of as many bytes within a GPU
+NEAR_WAVES = 16
 
 # Tensors with hooks that are under way: one is put together while another's hook runs.
 HOOK_SLOTS = 2
