@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightbus import http as http
     from weightbus.colocated import Colocated as Colocated
+    from weightbus.colocated import Pending as Pending
     from weightbus.colocated import colocate as colocate
     from weightbus.control.client import Client as Client
     from weightbus.control.keys import Keys as Keys
@@ -51,7 +52,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "digest.changes": ["Changes", "Snapshot", "compare", "snapshot"],
     "control.client": ["Client"],
-    "colocated": ["Colocated", "colocate"],
+    "colocated": ["Colocated", "Pending", "colocate"],
     "digest": ["Digest", "Digester", "combine", "model_digest", "sub_part", "tensor_digest"],
     "engines.audit": ["AuditReport", "audit"],
     "errors": [

@@ -58,6 +58,9 @@ def server(model: nn.Module) -> str:
 
 def colocated(source: nn.Module, target: nn.Module) -> int:
     with weightbus.colocate(source, target) as pair:
+        pending: weightbus.Pending = pair.update(2, wait=False)
+        polled: weightbus.Report | None = pair.poll()
+        print(pending.done, pending.result().word, polled)
         return pair.update(1).nbytes
 
 

@@ -17,9 +17,11 @@ import weightbus
 from weightbus.digest.ledger import Entry, Ledger
 from weightbus.memory.shard import Part
 from weightbus.planning.box import Box
+from weightbus.planning.peer_plan import Piece
 from weightbus.planning.spec import Spec
 from weightbus.routes import waves
 from weightbus.routes.compiled import Planned
+from weightbus.routes.peer import _Compiler
 from weightbus.routes.waves import OwnCopy, Wave, copied_by_digests
 
 SHAPES = {"matrix": (300, 512), "columns": (64, 1024), "norm": (128,), "odd": (33, 65), "one": ()}
@@ -75,6 +77,20 @@ def test_on_the_host_torch_copies_all() -> None:
     wave.add_own(copy)
     assert copied_by_digests([wave], [entry]) == [entry]
     assert (len(wave.own), bool(wave.host)) == (0, True)
+
+
+@pytest.mark.parametrize(("near", "waves_of"), [(True, [16, 16, 8]), (False, [1] * 40)])
+def test_waves_within_a_gpu_are_longer(
+    near: bool, waves_of: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Wave, "add_own", lambda self, copy: near)
+    whole = torch.zeros(64, 16)
+    spec, box = Spec(name="w", dtype="float32", shape=(64, 16)), Box((0, 0), (64, 16))
+    own = {"w": [Part(spec=spec, box=box, tensor=whole)]}
+    compiler = _Compiler(0, {}, {}, own, wave_bytes=whole.nbytes)
+    for _ in range(40):
+        compiler.add(Piece(0, 0, box), spec, whole, box)
+    assert [wave.nbytes // whole.nbytes for wave in compiler.waves] == waves_of
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------
