@@ -19,6 +19,9 @@ from weightbus.tensors.layout import Layout, Source
 from weightbus.tensors.source_copy import NOT_CAST, Frozen, Where
 from weightbus.tensors.torch_owners import Owners
 
+_Asked = tuple[tuple[str, ...] | None, frozenset[tuple[str, str]]]
+"""Modules, and the dtypes to which a copy of them is cast."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCopy:
@@ -35,8 +38,7 @@ class Origin(Endpoint):
         super().__init__(source, name_of=name_of)
         pairs = not isinstance(self.source, nn.Module | Mapping)
         self._owners = Owners(self.layout.watch.named if pairs else ())
-        self._told: tuple[Layout, Mapping[str, str], dict[tuple[str, ...] | None, tuple[bytes, str]]]
-        self._told = self.layout, NOT_CAST, {}
+        self._told: tuple[Layout, dict[_Asked, tuple[bytes, str]]] = self.layout, {}
         self._frozen: Frozen | None = None
 
     def refresh(self, *, in_place: bool = False) -> bool:
@@ -72,14 +74,14 @@ class Origin(Endpoint):
         return SourceCopy(frozen=kept, filled=kept.fill(modules))
 
     def facts(self, modules: Sequence[str] | None, dtypes: Mapping[str, str] = NOT_CAST) -> tuple[bytes, str]:
-        """This rank's facts and their id, kept as long as layout and dtypes are the same.
+        """This rank's facts and their id, kept as long as the layout is the same.
 
         dtypes: of a copy that is sent instead, as of ``copy``.
         Raises SpecError for a module that the source does not have.
         """
-        if self._told[0] is not self.layout or self._told[1] != dtypes:
-            self._told = self.layout, dtypes, {}
-        key, told = None if modules is None else tuple(modules), self._told[2]
+        if self._told[0] is not self.layout:
+            self._told = self.layout, {}
+        key, told = (None if modules is None else tuple(modules), frozenset(dtypes.items())), self._told[1]
         if key not in told:
             layout, device = self.layout.select(modules), self.layout.device
             tied = set(layout.aliases.values())
