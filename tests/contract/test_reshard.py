@@ -85,7 +85,7 @@ def trainer(rank, size, *, address, kind, device="cpu", replicas=1, route="resha
     return found, [n // len(VERSIONS) for n in moved]
 
 
-def server(rank, size, *, address, kind, replica=0, device="cpu", dtype=torch.float32):
+def server(rank, size, *, address, kind, replica=0, device="cpu", dtype=torch.float32, num_buckets=2):
     moved = counted()
     target = made(kind, rank, size, device, dtype)
     seen = []
@@ -95,6 +95,7 @@ def server(rank, size, *, address, kind, replica=0, device="cpu", dtype=torch.fl
         replica=replica,
         rank=rank,
         replica_size=size,
+        num_buckets=num_buckets,
         on_commit=lambda version: seen.append((version, taken(target))),
     ) as subscriber:
         subscriber.serve()
@@ -104,12 +105,13 @@ def server(rank, size, *, address, kind, replica=0, device="cpu", dtype=torch.fl
     return seen, [n // len(VERSIONS) for n in moved], sum(t.nbytes for t in local.values())
 
 
-def run(address, trains, *replicas, device="cpu", dtype=torch.float32, **options):
+def run(address, trains, *replicas, device="cpu", dtype=torch.float32, num_buckets=2, **options):
     """Runs it; checks words and bits. Bytes: sent by trainers; received and held by servers; passed on."""
     (kind, size) = trains
     arguments = {"address": address, "device": device}
+    serves = {**arguments, "dtype": dtype, "num_buckets": num_buckets}
     jobs = [
-        Job(run=server, size=s, arguments={**arguments, "kind": k, "replica": i, "dtype": dtype})
+        Job(run=server, size=s, arguments={**serves, "kind": k, "replica": i})
         for i, (k, s) in enumerate(replicas)
     ]
     more = {"kind": kind, "replicas": len(replicas), **options}
@@ -178,6 +180,11 @@ def test_replicas_share_one_model_among_themselves(address, device, replicas):
     for got, own in received:
         assert got <= 1.01 * own + 1024
     assert sum(sent) + sum(passed) == sum(got for got, _ in received)
+
+
+def test_what_is_passed_on_is_in_place_before(address, device):
+    """However many waves may be under way on a server rank, and even those of one bucket."""
+    run(address, ("fsdp2", 2), ("tp", 2), ("plain", 1), device=device, num_buckets=5, bucket_bytes=1 << 13)
 
 
 def test_casts_are_made_by_the_sender(address, device):

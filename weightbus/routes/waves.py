@@ -113,6 +113,7 @@ class Waves(ABC):
             lanes.send.after(packed)
         elif wave.staged or self.compiled.whole:
             lanes.send.after(free)
+            lanes.send.after(self._digested.get(earlier))  # what this rank sent in that bucket
         self.wrote = True
         begun = time.monotonic()
         with lanes.send:
