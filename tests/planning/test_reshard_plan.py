@@ -250,6 +250,10 @@ def holding(shape, boxes, *, dtype="bfloat16", name="w", in_place=True):
     }
 
 
+def layers(names, box):
+    return {name: held for name in names for held in holding(SHAPE, [box], name=name).values()}
+
+
 SHAPE = (4096, 4096)
 
 
@@ -275,15 +279,17 @@ NBYTES = 2 * SHAPE[0] * SHAPE[1]
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5])
 def test_trainers_send_one_model_and_share_it_out(replicas):
     """FSDP over 4 to tensor-parallel 4: all links carry the same."""
-    sources = [holding(SHAPE, [box]) for box in rows(4)]
-    wants = [(r, k, holding(SHAPE, [box])) for r in range(replicas) for k, box in enumerate(columns(4))]
+    names = [f"w{i}" for i in range(8)]
+    sources = [layers(names, box) for box in rows(4)]
+    wants = [(r, k, layers(names, box)) for r in range(replicas) for k, box in enumerate(columns(4))]
     sent, received = planned(sources, wants).traffic()
-    assert [sent[rank] for rank in range(4)] == [NBYTES // 4] * 4
-    assert [received[4 + place] for place in range(4 * replicas)] == [NBYTES // 4] * 4 * replicas
+    nbytes = NBYTES * len(names)
+    assert [sent[rank] for rank in range(4)] == [nbytes // 4] * 4
+    assert [received[4 + place] for place in range(4 * replicas)] == [nbytes // 4] * 4 * replicas
     passed = [sent[4 + place] for place in range(4 * replicas)]
-    assert sum(passed) == (replicas - 1) * NBYTES
+    assert sum(passed) == (replicas - 1) * nbytes
     if replicas > 1:
-        assert max(passed) <= 1.1 * min(passed)
+        assert max(passed) <= 1.25 * min(passed)
 
 
 def test_replicated_sources_send_alike_and_near_ones_first():
@@ -310,10 +316,6 @@ def test_what_stays_is_a_copy():
 def test_all_links_are_busy_from_the_first_wave_to_the_last(kind):
     """Layers that lie on one rank each: no rank waits until another has sent, or got, all of its own."""
     names = [f"layer{i:02}" for i in range(16)]
-
-    def layers(names, box):
-        return {name: held for name in names for held in holding(SHAPE, [box], name=name).values()}
-
     stages = [layers(names[4 * rank : 4 * rank + 4], Box.whole(SHAPE)) for rank in range(4)]
     slices = [layers(names, box) for box in rows(4)]
     sources, servers = (stages, slices) if kind == "pipeline to tensor" else (slices, stages)
@@ -338,7 +340,7 @@ def test_a_plan_that_leaves_out_or_repeats_is_refused():
     want = Want(replica=0, rank=0, facts=holding(SHAPE, [Box.whole(SHAPE)]))
     plan = plan_reshard(dict(enumerate(sources)), {2: want}, bucket_bytes=8 << 20)
     for waves in (plan.waves[1:], (*plan.waves, plan.waves[0])):
-        with pytest.raises(CoverageError, match="w: expected moves of 16777216 wanted elements to replica 0"):
+        with pytest.raises(CoverageError, match=r"w: expected 16777216 wanted elements, .* to replica 0"):
             _prove(plan.specs, {}, {2: want}, waves)
     stray = tuple(tuple(replace(move, dst=7) for move in wave) for wave in plan.waves)
     with pytest.raises(CoverageError, match="w: moved to group rank 7"):

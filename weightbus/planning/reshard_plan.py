@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from weightbus.errors import CoverageError
-from weightbus.planning.box import Box, less, meets, overlap
+from weightbus.planning.box import Box, meets, overlap
+from weightbus.planning.cells import Cell, cells_of, disjoint
 from weightbus.planning.facts import Facts, Holding, ties_of
 from weightbus.planning.holders import digesters, holders_of
 from weightbus.planning.plan import (
     PIECES_PER_BUCKET,
     SOLO_BYTES,
     SOLO_OF_BUCKET,
+    Slot,
     Want,
     check_wants,
     echoes_of,
@@ -27,9 +29,6 @@ from weightbus.planning.plan import (
 )
 from weightbus.planning.reshard_waves import Move, Piece, fill_waves
 from weightbus.planning.spec import ITEMSIZE, Spec, fingerprint
-
-# A box that several ranks want is cut so that each can pass on its share, but not into pieces below this.
-LEAST_SHARE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +80,14 @@ class ReshardPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cell:
-    """A box that lies in one box of the source, and in one of each rank that wants any of it."""
+class _Cut:
+    """A cell in pieces. own: holders that want it; far: others that do. staged: ranks that need a bucket."""
 
-    box: Box
+    boxes: Sequence[Box]
     holders: tuple[int, ...]
-    wanted_by: tuple[int, ...] = ()
+    own: tuple[int, ...]
+    far: tuple[int, ...]
+    staged: frozenset[int]
 
 
 def plan_reshard(
@@ -121,8 +122,14 @@ def plan_reshard(
             read[rank] += piece.nbytes
         given.append(Given(piece.src, piece.tensor, piece.box, wave, chosen))
     _prove(specs, echoes, wants, waves)
-    name = fingerprint(["reshard", bucket_bytes, *specs, *echoes.items(), *waves, *given])
+    rows = [[(m.src, m.dst, m.passed, [_row(slot) for slot in m.slots]) for m in wave] for wave in waves]
+    who = [one.digesters for one in given]
+    name = fingerprint(["reshard", bucket_bytes, *specs, *echoes.items(), *rows, *who])
     return ReshardPlan(specs=specs, waves=waves, given=tuple(given), echoes=echoes, fingerprint=name)
+
+
+def _row(slot: Slot) -> tuple[object, ...]:
+    return slot.tensor, slot.offset, slot.box.offsets, slot.box.sizes
 
 
 class _Cutter:
@@ -147,79 +154,83 @@ class _Cutter:
             self.names[carrier].append(specs[echo].name)
         self.holders: dict[tuple[int, Box], tuple[int, ...]] = {}
         self._sent, self._passed = Counter[int](), Counter[int]()
-        self._cells: dict[object, list[_Cell]] = {}
+        self._cuts: dict[object, list[_Cut]] = {}
 
     def pieces(self, index: int) -> Iterator[Piece]:
         """Of one tensor, and of those that are tied to it."""
-        spec = self.specs[index]
-        itemsize = ITEMSIZE[spec.dtype]
-        for cell in self._cells_of(index):
-            own = tuple(rank for rank in cell.wanted_by if rank in cell.holders)
-            far = [rank for rank in cell.wanted_by if rank not in cell.holders]
-            pieces, staged = self._cut(index, cell, own, far)
-            for box in pieces:
+        itemsize = ITEMSIZE[self.specs[index].dtype]
+        for cut in self._cuts_of(index):
+            for box in cut.boxes:
                 nbytes = box.volume * itemsize
-                first = min(far, key=lambda rank: (self._passed[rank], rank), default=None)
-                src = own[0] if first is None else self._source(cell.holders, first)
+                first = min(cut.far, key=lambda rank: (self._passed[rank], rank), default=None)
+                src = cut.own[0] if first is None else self._source(cut.holders, first)
                 if first is not None:
                     self._sent[src] += nbytes
-                    self._passed[first] += nbytes * (len(far) - 1)
-                self.holders[index, box] = cell.holders
-                solo = nbytes >= self.least_solo and any(rank not in staged for rank in (*far, src))
-                if far and not solo:
-                    staged = frozenset((*staged, *far, src))
-                others = tuple(rank for rank in far if rank != first)
-                yield Piece(index, box, nbytes, src, own, first, others, staged, solo)
+                    self._passed[first] += nbytes * (len(cut.far) - 1)
+                solo = nbytes >= self.least_solo and any(rank not in cut.staged for rank in (*cut.far, src))
+                staged = cut.staged if solo or not cut.far else cut.staged.union(cut.far, (src,))
+                others = tuple(rank for rank in cut.far if rank != first)
+                self.holders[index, box] = cut.holders
+                yield Piece(index, box, nbytes, src, cut.own, first, others, staged, solo)
 
     def _source(self, holders: Sequence[int], dst: int) -> int:
         host = self.hosts.get(dst)
         near = [rank for rank in holders if host and self.hosts.get(rank) == host]
         return min(near or holders, key=lambda rank: (self._sent[rank], rank))
 
-    def _cut(
-        self, index: int, cell: _Cell, own: Sequence[int], far: Sequence[int]
-    ) -> tuple[list[Box], frozenset[int]]:
-        """The pieces of a cell, and the ranks that need a bucket for them."""
+    def _cuts_of(self, index: int) -> list[_Cut]:
+        """Worked out once for all tensors that are held and wanted alike."""
+        names, spec = self.names[index], self.specs[index]
+        held = [(rank, facts[names[0]]) for rank, facts in self.sources.items() if names[0] in facts]
+        wanted = [
+            (rank, name == names[0], want.facts[name])
+            for rank, want in self.wants.items()
+            for name in names
+            if name in want.facts
+        ]
+        key = (
+            (spec.dtype, len(names)),
+            tuple((rank, one.boxes, one.in_place, one.spec.dtype) for rank, one in held),
+            tuple((rank, first, one.boxes, one.in_place) for rank, first, one in wanted),
+        )
+        if key not in self._cuts:
+            boxes: dict[Box, list[int]] = {}
+            for rank, _, holding in wanted:
+                for box in holding.boxes:
+                    if box.volume and rank not in boxes.setdefault(box, []):
+                        boxes[box].append(rank)
+            cells = cells_of(holders_of(names[0], self.sources), boxes)
+            self._cuts[key] = [self._cut(index, cell) for cell in cells]
+        return self._cuts[key]
+
+    def _cut(self, index: int, cell: Cell) -> _Cut:
         itemsize = ITEMSIZE[self.specs[index].dtype]
-        most, share = self.bucket_bytes, cell.box.volume * itemsize
-        if len(far) > 1:
-            share = max(-(-share // len(far)), min(LEAST_SHARE_BYTES, self.piece_bytes))
-        pieces = cell.box.split(max(1, min(most, share) // itemsize))
-        staged = self._staged(index, cell, pieces, own, far)
+        own = tuple(rank for rank in cell.wanted_by if rank in cell.holders)
+        far = tuple(rank for rank in cell.wanted_by if rank not in cell.holders)
+        # What is passed on is cut no smaller than it has to be: of many, each rank gets its share anyway.
+        share = max(-(-cell.box.volume * itemsize // max(1, len(far))), self.least_solo)
+        boxes = cell.box.split(max(1, min(self.bucket_bytes, share) // itemsize))
+        staged = self._staged(index, cell, boxes, own, far)
         if staged:
-            pieces = cell.box.split(max(1, min(self.piece_bytes, share) // itemsize))
-        return pieces, staged
+            boxes = cell.box.split(max(1, min(self.piece_bytes, share) // itemsize))
+        return _Cut(boxes, cell.holders, own, far, staged)
 
     def _staged(
-        self, index: int, cell: _Cell, pieces: Sequence[Box], own: Sequence[int], far: Sequence[int]
+        self, index: int, cell: Cell, boxes: Sequence[Box], own: Sequence[int], far: Sequence[int]
     ) -> frozenset[int]:
+        """The ranks that need a bucket for these."""
         name, dtype = self.names[index][0], self.specs[index].dtype
         found = set[int]()
         for rank in cell.holders:
             held = self.sources[rank][name]
             cast = held.spec.dtype != dtype
-            if (rank in own and cast) or (far and (cast or not self.in_place or not _runs(held, pieces))):
+            if (rank in own and cast) or (far and (cast or not self.in_place or not _runs(held, boxes))):
                 found.add(rank)
         for rank in far:
             wanted = self.wants[rank].facts.get(name)
-            if len(self.names[index]) > 1 or wanted is None or not _runs(wanted, pieces):
+            if len(self.names[index]) > 1 or wanted is None or not _runs(wanted, boxes):
                 found.add(rank)
         return frozenset(found)
-
-    def _cells_of(self, index: int) -> list[_Cell]:
-        """Worked out once for all tensors that are held and wanted alike."""
-        held = holders_of(self.names[index][0], self.sources)
-        wanted: dict[Box, list[int]] = {}
-        for rank, want in self.wants.items():
-            for name in self.names[index]:
-                for box in want.facts[name].boxes if name in want.facts else ():
-                    ranks = wanted.setdefault(box, [])
-                    if box.volume and rank not in ranks:
-                        ranks.append(rank)
-        key = tuple((box, *ranks) for box, ranks in held.items()), tuple((b, *r) for b, r in wanted.items())
-        if key not in self._cells:
-            self._cells[key] = _cells(held, {box: ranks for box, ranks in wanted.items() if ranks})
-        return self._cells[key]
 
 
 def _runs(holding: Holding, pieces: Sequence[Box]) -> bool:
@@ -233,37 +244,6 @@ def _runs(holding: Holding, pieces: Sequence[Box]) -> bool:
     return True
 
 
-def _cells(held: Mapping[Box, Sequence[int]], wanted: Mapping[Box, Sequence[int]]) -> list[_Cell]:
-    """What is held, cut along the borders of all that is wanted; only what somebody wants."""
-    cells = [_Cell(box, tuple(sorted(set(ranks)))) for box, ranks in held.items()]
-    for layer in _layers(list(wanted)):
-        shared: dict[int, list[tuple[Box, tuple[int, ...]]]] = {}
-        for place, other, inner in meets([cell.box for cell in cells], layer):
-            shared.setdefault(place, []).append((inner, tuple(wanted[layer[other]])))
-        cut: list[_Cell] = []
-        for place, cell in enumerate(cells):
-            left = [cell.box]
-            for inner, ranks in shared.get(place, ()):
-                cut.append(_Cell(inner, cell.holders, tuple(sorted({*cell.wanted_by, *ranks}))))
-                left = [rest for one in left for rest in less(one, inner)]
-            cut += [_Cell(rest, cell.holders, cell.wanted_by) for rest in left]
-        cells = cut
-    return [cell for cell in cells if cell.wanted_by]
-
-
-def _layers(boxes: Sequence[Box]) -> list[list[Box]]:
-    """Boxes in lists of such as share no element: one list, if all replicas are cut alike."""
-    if not overlap(boxes):
-        return [list(boxes)]
-    layers: list[list[Box]] = []
-    for box in boxes:
-        layer = next((layer for layer in layers if not overlap([box], layer)), None)
-        if layer is None:
-            layers.append(layer := [])
-        layer.append(box)
-    return layers
-
-
 def _prove(
     specs: Sequence[Spec],
     echoes: Mapping[int, int],
@@ -272,6 +252,7 @@ def _prove(
 ) -> None:
     """Raise CoverageError unless each rank gets each element that it wants once, and no other."""
     got: dict[tuple[int, int], list[Box]] = {}
+    proved = set[tuple[tuple[Box, ...], tuple[Box, ...]]]()
     for wave in waves:
         for move in wave:
             for slot in move.slots:
@@ -283,25 +264,21 @@ def _prove(
                 boxes = wanted.setdefault(echoes.get(index, index), {})
                 boxes.update((box, None) for box in holding.boxes if box.volume)
         for index, boxes in wanted.items():
-            found = got.pop((rank, index), [])
-            union = list(boxes) if not overlap(list(boxes)) else _disjoint(list(boxes))
-            volume = sum(box.volume for box in union)
-            inside = sum(inner.volume for _, _, inner in meets(found, union))
-            if overlap(found) or not volume == inside == sum(box.volume for box in found):
-                raise CoverageError(
-                    f"{specs[index].name}: expected moves of {volume} wanted elements to {want}, "
-                    f"got {sum(box.volume for box in found)}, {inside} of them wanted"
-                )
+            found = tuple(sorted(got.pop((rank, index), []), key=lambda box: (box.offsets, box.sizes)))
+            key = tuple(boxes), found
+            if key not in proved and (wrong := _differ(list(boxes), found)):
+                raise CoverageError(f"{specs[index].name}: {wrong}; moves to {want}")
+            proved.add(key)
     if got:
         rank, index = next(iter(got))
         raise CoverageError(f"{specs[index].name}: moved to group rank {rank}, which does not want it")
 
 
-def _disjoint(boxes: Sequence[Box]) -> list[Box]:
-    found: list[Box] = []
-    for box in boxes:
-        left = [box]
-        for other in found:
-            left = [rest for one in left for rest in less(one, other)]
-        found += left
-    return found
+def _differ(wanted: Sequence[Box], found: Sequence[Box]) -> str:
+    """In what ``found`` is not what is wanted, each element once; empty if it is."""
+    union = disjoint(wanted)
+    due, got = (sum(box.volume for box in boxes) for boxes in (union, found))
+    inside = sum(inner.volume for _, _, inner in meets(found, union))
+    if not overlap(found) and due == inside == got:
+        return ""
+    return f"expected {due} wanted elements, got {got}, {inside} of them wanted"
