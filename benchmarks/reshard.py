@@ -3,11 +3,12 @@
     python benchmarks/reshard.py --json benchmarks/results/reshard-cpu.json                      # needs root
     torchrun --nproc-per-node 2 benchmarks/reshard.py --json benchmarks/results/reshard-h200.json
 
-On the CPU: 4 trainer ranks with FSDP's rows and 4 tensor-parallel server ranks, each on a host of its own:
-network namespaces on one bridge, whose links carry ``--mbit`` in each direction (tbf). Bytes are those of the
-interface, less 66 for each packet's headers. Under torchrun two processes: each a trainer rank, with half of
-the rows, and a tensor-parallel server rank (``both ends``; ``reversed``: in the opposite order, so that hardly
-anything stays); or one with the whole model that serves half of it, and one that serves the rest (``half``).
+On the CPU 4 trainer ranks with FSDP's rows, and 4 tensor-parallel server ranks, or two replicas of 2. Each rank
+is on a host of its own: network namespaces on one bridge, whose links carry ``--mbit`` in each direction (tbf).
+Bytes are those of the interface, less 66 for each packet. Under torchrun two processes: each a trainer
+rank, with half of the rows, and a tensor-parallel server rank (``both ends``; ``reversed``: in the opposite
+order, so that hardly anything stays); or one with the whole model that serves half of it, and one that serves
+the rest (``half``).
 
 In turn, plain and verified: the routes; and ``raw``: what has to move, in one message for each pair of ranks,
 by grouped send and receive. Times are of the slowest rank, from a barrier. Bits first: all of the target is
@@ -24,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,30 @@ import weightbus
 
 CLONE_NEWNET = 0x40000000
 HEADERS = 66  # Ethernet, IP, and TCP with time stamps
-TRAINERS = SERVERS = 4
+HOSTS = 8
 NETWORK, PORT = "10.79.0", 29500
 
-# Trainer ranks and server ranks, by the rank of the process.
-GPU_CASES = {
-    "both ends": ([0, 1], [0, 1]),
-    "reversed": ([0, 1], [1, 0]),
-    "half": ([0], [0, 1]),
-}
-CPU_CASES = {"fsdp4 to tp4": (list(range(TRAINERS)), list(range(TRAINERS, TRAINERS + SERVERS)))}
 ROUTES = ("reshard", "broadcast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Trainer ranks, and the server ranks of each replica, by the rank of the process."""
+
+    trainers: list[int]
+    replicas: list[list[int]]
+    routes: tuple[str, ...] = ROUTES
+
+
+GPU_CASES = {
+    "both ends": Layout(trainers=[0, 1], replicas=[[0, 1]]),
+    "reversed": Layout(trainers=[0, 1], replicas=[[1, 0]]),
+    "half": Layout(trainers=[0], replicas=[[0, 1]]),
+}
+CPU_CASES = {
+    "fsdp4 to tp4": Layout(trainers=[0, 1, 2, 3], replicas=[[4, 5, 6, 7]]),
+    "fsdp4 to two of tp2": Layout(trainers=[0, 1, 2, 3], replicas=[[4, 5], [6, 7]], routes=("reshard",)),
+}
 
 
 def split_of(name: str, shape: tuple[int, ...]) -> int | None:
@@ -71,12 +86,20 @@ class Bus:
         self.publisher = self.subscriber = None
         if case.trains is not None:
             self.publisher = weightbus.Publisher(
-                case.sources(), rank=case.trains, size=len(case.trainers), route=route, **options
+                case.sources(),
+                rank=case.trains,
+                size=len(case.layout.trainers),
+                min_replicas=len(case.layout.replicas),
+                route=route,
+                **options,
             )
         if case.serves is not None:
-            size = len(case.servers)
             self.subscriber = weightbus.Subscriber(
-                case.targets(), rank=case.serves, replica_size=size, **options
+                case.targets(),
+                replica=case.replica,
+                rank=case.serves,
+                replica_size=case.parts,
+                **options,
             )
 
     def update(self, *, verify: bool) -> None:
@@ -97,24 +120,26 @@ class Bus:
 class Case:
     """Which ranks train and which serve, their shards, and all that is timed between them."""
 
-    def __init__(
-        self, place: Place, shapes: Shapes, trainers: list[int], servers: list[int], host: str
-    ) -> None:
-        self.place, self.shapes, self.trainers, self.servers = place, shapes, trainers, servers
-        self.trains = trainers.index(place.rank) if place.rank in trainers else None
-        self.serves = servers.index(place.rank) if place.rank in servers else None
-        device = place.device.type
-        self.meshes = [DeviceMesh(device, ranks) if len(ranks) > 1 else None for ranks in (trainers, servers)]
+    def __init__(self, place: Place, shapes: Shapes, layout: Layout, host: str) -> None:
+        self.place, self.shapes, self.layout = place, shapes, layout
+        self.parts = len(layout.replicas[0])
+        self.trains = layout.trainers.index(place.rank) if place.rank in layout.trainers else None
+        self.replica = next((i for i, ranks in enumerate(layout.replicas) if place.rank in ranks), None)
+        self.serves = None if self.replica is None else layout.replicas[self.replica].index(place.rank)
+        device = place.device.type  # a mesh is made by all ranks, its own or not
+        self.mesh = DeviceMesh(device, layout.trainers) if len(layout.trainers) > 1 else None
+        self.meshes = [DeviceMesh(device, ranks) for ranks in layout.replicas]
         self.rows = {} if self.trains is None else {n: self.row(n, self.trains) for n in shapes}
         self.target = {} if self.serves is None else {n: torch.zeros_like(self.shard(n)) for n in shapes}
         self.sends, self.receives = self.messages()
         ports: list[Any] = [None]
-        if place.rank == trainers[0]:
-            ports[0] = [free_port(host) for _ in ROUTES]
-        dist.broadcast_object_list(ports, src=trainers[0])
+        first = layout.trainers[0]
+        if place.rank == first:
+            ports[0] = [free_port(host) for _ in layout.routes]
+        dist.broadcast_object_list(ports, src=first)
         self.buses = {
             route: Bus(self, route, f"tcp://{host}:{port}")
-            for route, port in zip(ROUTES, ports[0], strict=True)
+            for route, port in zip(layout.routes, ports[0], strict=True)
         }
 
     def drawn(self, name: str) -> Tensor:
@@ -122,21 +147,22 @@ class Case:
         return torch.randn(self.shapes[name], generator=generator, device=self.place.device).to(WIRE)
 
     def row(self, name: str, index: int) -> Tensor:
-        return self.drawn(name).chunk(len(self.trainers), 0)[index].clone()
+        return self.drawn(name).chunk(len(self.layout.trainers), 0)[index].clone()
 
     def shard(self, name: str) -> Tensor:
         """What this server rank should hold."""
         whole, split = self.drawn(name), split_of(name, self.shapes[name])
-        return whole if split is None else whole.chunk(len(self.servers), split)[self.serves or 0].contiguous()
+        return whole if split is None else whole.chunk(self.parts, split)[self.serves or 0].contiguous()
 
     def sources(self) -> list[tuple[str, Tensor]]:
-        mesh = self.meshes[0]
-        if mesh is None:
+        if self.mesh is None:
             return list(self.rows.items())
-        return [(n, DTensor.from_local(t, mesh, [Shard(0)], run_check=False)) for n, t in self.rows.items()]
+        return [
+            (n, DTensor.from_local(t, self.mesh, [Shard(0)], run_check=False)) for n, t in self.rows.items()
+        ]
 
     def targets(self) -> list[tuple[str, Tensor]]:
-        mesh, found = self.meshes[1], []
+        mesh, found = self.meshes[self.replica or 0], []
         for name, local in self.target.items():
             split = split_of(name, self.shapes[name])
             where = Replicate() if split is None else Shard(split)
@@ -145,16 +171,20 @@ class Case:
 
     def messages(self) -> tuple[list[Tensor], list[Tensor]]:
         """A buffer for each rank and from each, as long as what has to move."""
-        size, counts = self.place.size, torch.zeros(self.place.size, self.place.size, dtype=torch.int64)
+        size, trainers, replicas = self.place.size, self.layout.trainers, self.layout.replicas
+        counts = torch.zeros(size, size, dtype=torch.float64)  # of elements, [from, to]
         for name, shape in self.shapes.items():
             split, elements = split_of(name, shape), torch.Size(shape).numel()
-            for i, src in enumerate(self.trainers):
-                for j, dst in enumerate(self.servers):
-                    a, b, c, d = i / len(self.trainers), (i + 1) / len(self.trainers), 0.0, 1.0
-                    if split == 0:
-                        c, d = j / len(self.servers), (j + 1) / len(self.servers)
-                    part = max(0.0, min(b, d) - max(a, c)) / (len(self.servers) if split == 1 else 1)
-                    counts[src, dst] += round(part * elements)
+            for i, src in enumerate(trainers):
+                for j in range(self.parts):
+                    low, high = (j / self.parts, (j + 1) / self.parts) if split == 0 else (0.0, 1.0)
+                    common = min((i + 1) / len(trainers), high) - max(i / len(trainers), low)
+                    moved = elements * max(0.0, common) / (self.parts if split == 1 else 1)
+                    for one in replicas:  # each gets its share, and gives that to the others
+                        counts[src, one[j]] += moved / len(replicas)
+                        for other in replicas:
+                            counts[one[j], other[j]] += moved / len(replicas)
+        counts = counts.round().to(torch.int64)
         counts.fill_diagonal_(0)
         self.moved_bytes = int(max(counts.sum(0).max(), counts.sum(1).max())) * WIRE.itemsize
         rank, device = self.place.rank, self.place.device
@@ -274,7 +304,7 @@ def shaped_hosts(count: int, mbit: int) -> Iterator[list[str]]:
 
 def start_ranks(args: argparse.Namespace) -> int:
     """This script again, on a host for each rank, as a launcher would start it."""
-    size = TRAINERS + SERVERS
+    size = HOSTS
     with shaped_hosts(size, args.mbit) as names:
         ranks = []
         for rank, name in enumerate(names):
@@ -313,7 +343,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="each byte to the rank that needs it")
     parser.add_argument("--model", choices=MODELS, default="qwen3-8b" if on_gpu else "qwen3-0.6b-few")
     parser.add_argument("--rounds", type=int, default=15 if on_gpu else 5)
-    parser.add_argument("--mbit", type=int, default=400, help="of each link on the CPU")
+    parser.add_argument("--mbit", type=int, default=300, help="of each link on the CPU")
     parser.add_argument("--timeout-s", type=float, default=1200.0, help="for all of it, on the CPU")
     parser.add_argument("--json", metavar="FILE", help="write the result")
     args = parser.parse_args()
@@ -325,8 +355,8 @@ def main() -> int:
     place = Place.of_environment()
     on_hosts = "WEIGHTBUS_HOST" in os.environ
     rows: list[dict[str, Any]] = []
-    for name, (trainers, servers) in (CPU_CASES if on_hosts else GPU_CASES).items():
-        case = Case(place, MODELS[args.model], trainers, servers, os.environ.get("WEIGHTBUS_HOST", "127.0.0.1"))
+    for name, layout in (CPU_CASES if on_hosts else GPU_CASES).items():
+        case = Case(place, MODELS[args.model], layout, os.environ.get("WEIGHTBUS_HOST", "127.0.0.1"))
         try:
             rows += [{"case": name, **row} for row in case.run(args.rounds)]
         finally:
