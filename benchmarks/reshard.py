@@ -345,6 +345,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15 if on_gpu else 5)
     parser.add_argument("--mbit", type=int, default=300, help="of each link on the CPU")
     parser.add_argument("--timeout-s", type=float, default=1200.0, help="for all of it, on the CPU")
+    parser.add_argument("--cases", nargs="+", choices=[*GPU_CASES, *CPU_CASES], help="of those that fit; all")
     parser.add_argument("--json", metavar="FILE", help="write the result")
     args = parser.parse_args()
     if "RANK" not in os.environ:
@@ -356,6 +357,8 @@ def main() -> int:
     on_hosts = "WEIGHTBUS_HOST" in os.environ
     rows: list[dict[str, Any]] = []
     for name, layout in (CPU_CASES if on_hosts else GPU_CASES).items():
+        if args.cases and name not in args.cases:
+            continue
         case = Case(place, MODELS[args.model], layout, os.environ.get("WEIGHTBUS_HOST", "127.0.0.1"))
         try:
             rows += [{"case": name, **row} for row in case.run(args.rounds)]
