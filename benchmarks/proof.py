@@ -24,7 +24,7 @@ from timing import timings
 from torch import Tensor
 
 import weightbus
-from weightbus.routes import waves
+from weightbus.routes import peer_wave
 
 MASTERS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,7 +46,7 @@ def case(model: str, masters: str, rounds: int) -> list[dict[str, Any]]:
     nbytes = sum(tensor.nbytes for tensor in target.values())
     one, other = (torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda") for _ in range(2))
     pairs = {"read once": weightbus.colocate(list(source.items()), list(target.items()))}
-    with mock.patch.object(waves, "why_not_copied", return_value="read twice"):
+    with mock.patch.object(peer_wave, "why_not_copied", return_value="read twice"):
         pairs["read twice"] = weightbus.colocate(list(source.items()), list(target.items()))
         pairs["read twice"].update()
 

@@ -78,6 +78,8 @@ def _z_image() -> Iterator[tuple[str, tuple[int, ...]]]:
 MODELS: dict[str, Shapes] = {
     "1mb": {f"layer{i}.weight": (128, 512) for i in range(8)},
     "toy": dict(_qwen3(2, 256, 4, 2, 512, tied=True, vocab=4000)),
+    # Nine of its layers, 283 MB in bf16.
+    "qwen3-0.6b-few": dict(_qwen3(9, 1024, 16, 8, 3072, tied=True, vocab=1024)),
     "qwen3-0.6b": dict(_qwen3(28, 1024, 16, 8, 3072, tied=True)),
     "qwen3-8b": dict(_qwen3(36, 4096, 32, 8, 12288, tied=False)),
     # The transformer of the diffusion pipeline, 6.2 billion parameters.

@@ -55,15 +55,16 @@ class Publisher:
     bucket_bytes, num_buckets: staging memory of each rank, as far as it is needed; by default 2 buckets of
         64 MiB on the CPU, of 256 MiB on CUDA. So much is sent together, or more where it needs no bucket.
     route: ``auto`` takes ``peer`` (server ranks copy out of this rank's GPU memory, docs/peer.md) where all
-        ranks share a host and nothing has to be cast, else ``broadcast``; both can be asked for.
+        ranks share a host and nothing has to be cast; else ``reshard`` (each rank gets only what it needs,
+        docs/reshard.md) over gloo where that is clearly less, else ``broadcast``. All can be asked for.
     join_timeout_s: to wait for ranks and replicas; ready_timeout_s: for each rank to get ready, longer
         than an engine's step; transfer_timeout_s: for the bytes to move and be digested.
     reconnect_timeout_s: to find a lost hub again, or another in its place, before a call fails; rank 0 starts
         one where none listens. dead_after_s: such a hub drops a rank whose heartbeats stop for so long.
     keys: a directory of CURVE keys (``weightbus keygen``), else of the environment; needed for an address
         that is not this host's alone, unless ``insecure=True`` (docs/security.md).
-    progress: called with (done, total) bytes as this rank moves them, which by the route ``peer`` it does
-        not; by default a bar on rank 0's terminal.
+    progress: called with (done, total) bytes as this rank moves them, by the route ``reshard`` only its
+        share of them, by ``peer`` none; by default a bar on rank 0's terminal.
     copy_to: where ``update(wait=False)`` copies the source, which takes as much memory: ``device``, or
         ``host`` for pinned memory.
     exclude: patterns of the source's names that are not sent nor looked at, such as ``"v_head.*"``. rename: a

@@ -100,10 +100,11 @@ class Report:
     each with the reason. partial: as in Verdict. nbytes: of the
     tensors in the wire's dtypes. seconds: from the call to the commit on all ranks. stages: seconds of this
     rank's parts of it. staging_bytes: this rank's staging memory. route: how the bytes went, ``broadcast``,
-    ``peer`` or ``local``; route_reason: why so. A version is known by job, incarnation and number. processes:
-    all that took part; of a job without a name, the printed report says one of each end. skipped: names of
-    which some replica takes nothing, by its ``name_map`` or its loading code, and of those that a wrapper holds
-    beside the model (docs/wrappers.md), each with the reason; of a tied tensor one taken name is enough.
+    ``reshard``, ``peer`` or ``local``; route_reason: why so. A version is known by job, incarnation and number.
+    processes: all that took part; of a job without a name, the printed report says one of each end. skipped:
+    names of which some replica takes nothing, by its ``name_map`` or its loading code, and of those that a
+    wrapper holds beside the model (docs/wrappers.md), each with the reason; of a tied tensor one taken name is
+    enough.
     """
 
     word: str

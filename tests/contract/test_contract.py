@@ -75,7 +75,7 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=["broadcast", "peer"])
+@pytest.fixture(params=["broadcast", "peer", "reshard"])
 def route(request):
     """gloo on CPU, and the same body over NCCL; shared memory on CPU, and the same body over CUDA IPC."""
     return request.param

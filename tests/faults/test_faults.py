@@ -157,7 +157,7 @@ def run_mid_transfer(address, how, route):
     )
 
 
-@pytest.mark.parametrize("route", ["broadcast", "peer"])
+@pytest.mark.parametrize("route", ["broadcast", "peer", "reshard"])
 def test_killed_in_the_middle_of_a_transfer(address, route):
     ((first, second, third),), (survivor,), _ = run_mid_transfer(address, signal.SIGKILL, route)
     assert first[:2] == ("verified", 2)
@@ -168,7 +168,7 @@ def test_killed_in_the_middle_of_a_transfer(address, route):
     assert survivor == ("ready", 3, [3.0])
 
 
-@pytest.mark.parametrize("route", ["broadcast", "peer"])
+@pytest.mark.parametrize("route", ["broadcast", "peer", "reshard"])
 def test_stopped_in_the_middle_of_a_transfer(address, route):
     ((first, second, third),), (survivor,), _ = run_mid_transfer(address, signal.SIGSTOP, route)
     assert first[:2] == ("verified", 2)

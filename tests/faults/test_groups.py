@@ -13,8 +13,9 @@ import torch
 from processes import Job, run_jobs
 
 import weightbus
-from weightbus.routes import broadcast, torch_group
+from weightbus.routes import torch_group
 from weightbus.routes.group import Group
+from weightbus.routes.waves import Waves
 from weightbus.session import context
 
 WAVES = 40
@@ -25,10 +26,10 @@ def tensors(value):
     return {f"a{i:02}": torch.full((64, 1024), float(value)) for i in range(WAVES)}
 
 
-def trainer(rank, size, *, address, updates):
+def trainer(rank, size, *, address, updates, route):
     """Word and seconds of each update."""
     source, seen = tensors(0), []
-    options = {"bucket_bytes": 128 << 10, "route": "broadcast", "transfer_timeout_s": TRANSFER_S}
+    options = {"bucket_bytes": 128 << 10, "route": route, "transfer_timeout_s": TRANSFER_S}
     with weightbus.Publisher(
         list(source.items()), address=address, min_replicas=2, dead_after_s=2.0, join_timeout_s=60, **options
     ) as publisher:
@@ -54,7 +55,7 @@ def server(rank, size, *, address, replica, fault=None, at=None):
         context.Group = lambda *a, **k: os.kill(os.getpid(), fault)
     elif fault is not None:
         started = []
-        old = broadcast.Broadcast._start
+        old = Waves._start
 
         def start(self, index, wave, seed):
             started.append(index)
@@ -62,7 +63,7 @@ def server(rank, size, *, address, replica, fault=None, at=None):
                 os.kill(os.getpid(), fault)
             return old(self, index, wave, seed)
 
-        broadcast.Broadcast._start = start
+        Waves._start = start
     target, longest = tensors(-1), 0.0
     with weightbus.Subscriber(list(target.items()), address=address, replica=replica) as subscriber:
         while not subscriber.left:
@@ -73,10 +74,10 @@ def server(rank, size, *, address, replica, fault=None, at=None):
         return longest, subscriber.state, values
 
 
-def run_with(address, fault, at, updates):
+def run_with(address, fault, at, updates, route="broadcast"):
     ends = {"fails": 1} if fault == signal.SIGKILL else {"never_ends": True}
     return run_jobs(
-        Job(run=trainer, size=2, arguments={"address": address, "updates": updates}),
+        Job(run=trainer, size=2, arguments={"address": address, "updates": updates, "route": route}),
         Job(run=server, arguments={"address": address, "replica": 0}),
         Job(run=server, arguments={"address": address, "replica": 1, "fault": fault, "at": at}, **ends),
         timeout_s=100,
@@ -95,11 +96,13 @@ def test_a_death_while_the_group_forms(address, fault):
     assert (state, values) == ("ready", {2.0})
 
 
-@pytest.mark.parametrize("at", [5, 20, 33])
+@pytest.mark.parametrize(
+    ("route", "at"), [("broadcast", 5), ("broadcast", 20), ("broadcast", 33), ("reshard", 1), ("reshard", 4)]
+)
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_death_between_two_waves(address, fault, at):
+def test_a_death_between_two_waves(address, fault, route, at):
     """And nothing of the group that was given up arrives later."""
-    trained, ((longest, state, values),) = run_with(address, fault, at, 3)
+    trained, ((longest, state, values),) = run_with(address, fault, at, 3, route)
     for seen in trained:
         assert [word for word, _ in seen] == ["verified"] * 3  # without it, in the same call
         assert seen[1][1] < 15

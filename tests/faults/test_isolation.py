@@ -89,7 +89,7 @@ def run_with(address, fault, updates, bad=None, size=1, **options):
     )
 
 
-@pytest.mark.parametrize("route", ["broadcast", "peer"])
+@pytest.mark.parametrize("route", ["broadcast", "peer", "reshard"])
 @pytest.mark.parametrize("fault", ["raise", "hook", "kill"])
 def test_the_others_get_the_update_in_the_same_call(address, fault, route):
     trained, (good,), _ = run_with(address, fault, 4, route=route)

@@ -95,7 +95,7 @@ def server(rank, size, *, address, folder, replica=0, kind="tp", spoil=False):
     return seen, called
 
 
-@pytest.mark.parametrize("route", ["broadcast", "peer"])
+@pytest.mark.parametrize("route", ["broadcast", "peer", "reshard"])
 @pytest.mark.parametrize(("kind", "size"), [("plain", 1), ("tp", 2)])
 def test_a_replica_that_joins_is_current_without_an_update(address, tmp_path, route, kind, size):
     arguments = {"address": address, "folder": str(tmp_path), "kind": kind}

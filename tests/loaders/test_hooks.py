@@ -113,8 +113,14 @@ def expected(version, rank, size):
 
 @pytest.mark.parametrize(
     ("bucket_bytes", "route"),
-    [(1 << 10, "broadcast"), (1 << 20, "broadcast"), (1 << 20, "peer")],
-    ids=["pieces", "one bucket", "peer"],
+    [
+        (1 << 10, "broadcast"),
+        (1 << 20, "broadcast"),
+        (1 << 20, "peer"),
+        (1 << 10, "reshard"),
+        (1 << 20, "reshard"),
+    ],
+    ids=["pieces", "one bucket", "peer", "reshard of pieces", "reshard"],
 )
 def test_fused_and_sharded_by_hooks(address, bucket_bytes, route):
     trainers, servers = run_jobs(
@@ -147,7 +153,7 @@ def test_trusted_traces_are_written_without_a_call(address):
                 assert torch.equal(state[name], tensor), (number, name)
 
 
-@pytest.mark.parametrize("route", ["broadcast", "peer"])
+@pytest.mark.parametrize("route", ["broadcast", "peer", "reshard"])
 def test_a_raising_hook_tears_and_a_whole_update_mends(address, route):
     """The hook's third call fails on both ranks; the next update is complete and leads out."""
     trainers, servers = run_jobs(

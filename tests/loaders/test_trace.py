@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from weightbus.planning.box import Box
+from weightbus.planning.box import Box, less
 from weightbus.tensors.loaders.torch_trace import trace
-from weightbus.tensors.loaders.trace import Untraceable, less
+from weightbus.tensors.loaders.trace import Untraceable
 
 RANKS = 4
 

@@ -101,7 +101,7 @@ def test_one_bit_that_differs_from_the_start_is_refused(address, size, odd, name
 
 
 @pytest.mark.parametrize("odd", [0, 1, 2])
-@pytest.mark.parametrize("route", ["broadcast", "peer"])
+@pytest.mark.parametrize("route", ["broadcast", "peer", "reshard"])
 def test_drift_that_begins_later_is_not_committed(address, route, odd):
     """Of three holders, or of two, of which one sends and the other digests."""
     size = 3 if odd == 2 else 2

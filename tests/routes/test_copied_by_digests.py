@@ -19,10 +19,10 @@ from weightbus.memory.shard import Part
 from weightbus.planning.box import Box
 from weightbus.planning.peer_plan import Piece
 from weightbus.planning.spec import Spec
-from weightbus.routes import waves
+from weightbus.routes import peer_wave
 from weightbus.routes.compiled import Planned
 from weightbus.routes.peer import _Compiler
-from weightbus.routes.waves import OwnCopy, Wave, copied_by_digests
+from weightbus.routes.peer_wave import OwnCopy, Wave, copied_by_digests
 
 SHAPES = {"matrix": (300, 512), "columns": (64, 1024), "norm": (128,), "odd": (33, 65), "one": ()}
 FITS = {"matrix", "columns", "norm"}
@@ -40,7 +40,7 @@ def piece(name: str, box: Box) -> tuple[Entry, OwnCopy]:
 @pytest.fixture
 def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """All lies on the host, where no kernel copies."""
-    monkeypatch.setattr(waves, "why_not_copied", lambda part, copies: "")
+    monkeypatch.setattr(peer_wave, "why_not_copied", lambda part, copies: "")
 
 
 @pytest.mark.usefixtures("any_device")
@@ -226,7 +226,8 @@ def rows_to_columns(rank: int, size: int, *, dtype: torch.dtype, damaged: bool) 
 @DTYPES
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_stale_mapping_is_found_between_two_ranks(dtype: torch.dtype, damaged: bool) -> None:
-    (found,) = run_jobs(Job(run=rows_to_columns, size=2, arguments={"dtype": dtype, "damaged": damaged}))
+    arguments = {"dtype": dtype, "damaged": damaged}
+    (found,) = run_jobs(Job(run=rows_to_columns, size=2, on_one_gpu=True, arguments=arguments))
     for word, names, right in found:
         assert names == {"w"}
         if damaged:

@@ -118,7 +118,9 @@ def test_other_casts_are_refused_where_it_is_asked_for(address, trains, serves):
 
 
 def test_an_unknown_route(address):
-    with pytest.raises(weightbus.SpecError, match="route: expected one of auto, peer, broadcast, got 'rdma'"):
+    with pytest.raises(
+        weightbus.SpecError, match="route: expected one of auto, peer, broadcast, reshard, got 'rdma"
+    ):
         weightbus.Publisher(tensors(0), address=address, route="rdma")
 
 

@@ -134,7 +134,9 @@ def columns_of_one(rank: int, size: int, *, device: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_nans_are_proved_between_ranks(device: str, dtype: torch.dtype) -> None:
-    (found,) = run_jobs(Job(run=columns_of_one, size=2, arguments={"device": device, "dtype": dtype}))
+    (found,) = run_jobs(
+        Job(run=columns_of_one, size=2, on_one_gpu=True, arguments={"device": device, "dtype": dtype})
+    )
     assert found == [("verified", "peer", 0)] * 2
 
 
@@ -155,7 +157,7 @@ def tied(rank: int, size: int, *, device: str, other: torch.dtype) -> tuple[str,
 @pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_a_tied_tensor_is_wanted_in_two_dtypes(device: str, other: torch.dtype) -> None:
-    (found,) = run_jobs(Job(run=tied, size=2, arguments={"device": device, "other": other}))
+    (found,) = run_jobs(Job(run=tied, size=2, on_one_gpu=True, arguments={"device": device, "other": other}))
     assert found == [("verified", "peer", True, True)] * 2
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from weightbus.routes.peer import CompiledPeer, Peer
-from weightbus.routes.waves import Wave
+from weightbus.routes.peer_wave import Wave
 
 
 class Recorded:

@@ -7,7 +7,7 @@ that are drawn. Server ranks copy from where the plan says.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
@@ -25,10 +25,12 @@ from weightbus.planning.facts import Holding
 from weightbus.planning.holders import digesters, holders_of, replicated
 from weightbus.planning.peer_plan import plan_peer
 from weightbus.planning.plan import Want, plan_broadcast
+from weightbus.planning.reshard_plan import plan_reshard
 from weightbus.planning.spec import Spec
-from weightbus.routes.compiled import Survey, _copied, _Held, _sent
+from weightbus.routes.compiled import Survey, _copied, _given, _Held, _sent
 from weightbus.session.evidence import held_folds, held_sums
 from weightbus.tensors.bucket import Staging, compile_waves, torch_dtype
+from weightbus.tensors.moves import compile_moves
 
 SEED = bytes(range(32))
 SHAPES = {"v": (11,), "w": (7, 5)}
@@ -96,11 +98,13 @@ class World:
                     inner = box.within(Box.whole(SHAPES[name]))
                     self.tensors[rank, name, box] = whole[name][inner].clone()
         self.staging = Staging(torch.device("cpu"), 2)
-        if route_is_peer := self.route == "peer":
+        if self.route == "peer":
             self.plan = plan_peer(self.sources, self.wants)
+        elif self.route == "reshard":
+            self.plan = plan_reshard(self.sources, self.wants, bucket_bytes=64)
         else:
             self.plan = plan_broadcast(self.sources, list(self.wants.values()), bucket_bytes=64)
-        self.digests = {rank: self._digests(rank, route_is_peer) for rank in self.held}
+        self.digests = {rank: self._digests(rank) for rank in self.held}
 
     def parts(self, rank):
         found = {name: [] for name in SHAPES}
@@ -110,7 +114,7 @@ class World:
                 found[name].append(Part(spec=spec, box=box, tensor=tensor))
         return {name: tuple(parts) for name, parts in found.items() if parts}
 
-    def _digests(self, rank, peer):
+    def _digests(self, rank):
         """A trainer rank's ledger, what it holds with others, and its buckets' copies."""
         own = self.parts(rank)
         survey = Survey(
@@ -123,19 +127,44 @@ class World:
             group=0,
         )
         held = _Held(own, survey, replicated(self.sources))
-        if peer:
+        if self.route == "peer":
             _copied(self.plan, held)
             return Ledger(held.entries, self.groups, {}), held.shared, []
         staging = Staging(torch.device("cpu"), len(self.plan.waves))  # so that all buckets can be filled first
-        compiled = compile_waves(self.plan, rank, source=own, target=None, staging=staging)
-        _sent(self.plan, compiled, held)
+        if self.route == "reshard":
+            compiled = compile_moves(self.sent_by(rank), rank, source=own, target=None, staging=staging)
+            _given(self.plan, compiled, held)
+        else:
+            compiled = compile_waves(self.plan, rank, source=own, target=None, staging=staging)
+            _sent(self.plan, compiled, held)
         return Ledger(held.entries, self.groups, {}), held.shared, compiled.waves
+
+    def sent_by(self, rank):
+        """The plan, of what leaves a trainer rank's source."""
+        waves = tuple(
+            tuple(move for move in wave if move.src == rank and not move.passed) for wave in self.plan.waves
+        )
+        return replace(self.plan, waves=waves)
 
     def pieces(self, rank):
         """From which rank a server rank takes which boxes of which tensors."""
         if self.route == "peer":
             found = [
                 (piece.src, self.plan.specs[piece.tensor].name, piece.box) for piece in self.plan.copies[rank]
+            ]
+        elif self.route == "reshard":
+            # Wherever it came by, it left the source of the rank that gave it, or of this rank itself.
+            giver = {(given.tensor, given.box): given.src for given in self.plan.given}
+            found = [
+                (
+                    rank if move.src == rank else giver[slot.tensor, slot.box],
+                    self.plan.specs[slot.tensor].name,
+                    slot.box,
+                )
+                for wave in self.plan.waves
+                for move in wave
+                if move.dst == rank
+                for slot in move.slots
             ]
         else:
             found = [
@@ -224,7 +253,7 @@ class World:
 
 
 @st.composite
-def worlds(draw, route=("peer", "broadcast"), wire=("float32",)):
+def worlds(draw, route=("peer", "broadcast", "reshard"), wire=("float32",)):
     trainers = draw(st.integers(1, 4))
     held = {rank: {name: [] for name in SHAPES} for rank in range(trainers)}
     for name, shape in SHAPES.items():
@@ -246,7 +275,7 @@ def worlds(draw, route=("peer", "broadcast"), wire=("float32",)):
                 wanted[first + len(wanted) - ranks + i][name] = [boxes[i % len(boxes)]]
     chosen = draw(st.sampled_from(wire))
     return World(
-        route=draw(st.sampled_from(route if chosen == "float32" else ("broadcast",))),
+        route=draw(st.sampled_from(route if chosen == "float32" else ("broadcast", "reshard"))),
         held={rank: {n: b for n, b in names.items() if b} for rank, names in held.items()},
         wanted=wanted,
         replica=replica,
@@ -279,6 +308,8 @@ def test_one_bit_on_any_holder_is_found_and_names_both_ranks(world, data):
         assert failure.rank == str(world.members[f"m{rank}"]), "the one against the others"
     else:
         assert {r for r in holders if f"trainer rank {r}" in failure.rank + failure.reason} == set(holders)
+    if world.route == "reshard" and world.wire != "float32":
+        return  # ranks that are both ends each cast their own, which is not compared with what servers hold
     for failure in told[len(held) :]:
         assert "has the same bytes" in failure.reason, "a server rank's are a trainer rank's"
     world.flip(rank, name, box, element, bit)
@@ -332,7 +363,7 @@ def test_no_more_is_digested_than_proves_it(world):
         assert sum(world.read_bytes().values()) <= sum(due), "as if each byte had one holder"
 
 
-@pytest.mark.parametrize("route", ["peer", "broadcast"])
+@pytest.mark.parametrize("route", ["peer", "broadcast", "reshard"])
 def test_two_holders_each_digest_what_the_other_sends(route):
     halves = {name: bands(shape, 0, [shape[0] // 2]) for name, shape in SHAPES.items()}
     whole = {name: [Box.whole(shape)] for name, shape in SHAPES.items()}
@@ -343,7 +374,7 @@ def test_two_holders_each_digest_what_the_other_sends(route):
         replica={2: 0, 3: 0},
     )
     sent = {0: 0, 1: 0}
-    if route == "peer":
+    if route != "broadcast":
         for server in world.wants:
             for src, _, box in world.pieces(server):
                 sent[src] += 4 * box.volume

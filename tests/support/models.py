@@ -69,7 +69,7 @@ def fill(model: nn.Module, drawn: dict[str, Tensor]) -> None:
 def _local(value: Tensor, live: DTensor) -> Tensor:
     """This rank's shard of ``value``, as FSDP2 shards what TP has sharded before: rows of TP's rows."""
     mesh, placements = live.device_mesh, live.placements
-    if mesh.ndim == 2 and placements[1] == Shard(0):
+    if mesh.ndim == 2 and placements[1] == Shard(0) and not placements[0].is_replicate():
         mine = distribute_tensor(value, mesh["tp"], placements[1:]).to_local()
         chunks = torch.chunk(mine, mesh.size(0), 0)
         row = mesh.get_local_rank(0)
@@ -122,7 +122,7 @@ def join_world(rank: int, size: int, device: str) -> DeviceMesh:
 
 
 def make(kind: str, rank: int, size: int, device: str = "cpu", dtype: Any = torch.float32) -> nn.Module:
-    """A Toy as ``plain``, ``fsdp2``, ``tp`` or ``hsdp-tp`` (a 2-D mesh with strided shards)."""
+    """A Toy as ``plain``, ``fsdp2``, ``hsdp``, ``tp`` or ``fsdp2-tp`` (a 2-D mesh with strided shards)."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_DEVICE"]))
     model = Toy(dtype).to(device)
@@ -136,6 +136,9 @@ def make(kind: str, rank: int, size: int, device: str = "cpu", dtype: Any = torc
     if kind == "fsdp2":
         fully_shard(model.up, mesh=mesh)
         return fully_shard(model, mesh=mesh)
+    if kind == "hsdp":
+        grid = init_device_mesh(device, (2, size // 2), mesh_dim_names=("replicate", "shard"))
+        return fully_shard(model, mesh=grid)
     assert kind == "fsdp2-tp", kind
     grid = init_device_mesh(device, (2, size // 2), mesh_dim_names=("dp", "tp"))
     distribute(model, grid["tp"], TP)

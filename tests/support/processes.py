@@ -64,6 +64,7 @@ class Job:
 
     fails: how many ranks may end with an exception or a signal; their result is the error's text.
     never_ends: its ranks are stopped on purpose; they are killed when all others have ended.
+    on_one_gpu: all ranks use the first GPU, however many there are.
     """
 
     run: Callable[..., Any]
@@ -73,12 +74,13 @@ class Job:
     env: dict[str, str] = field(default_factory=dict)
     fails: int = 0
     never_ends: bool = False
+    on_one_gpu: bool = False
 
 
-def _devices(index: int, total: int) -> dict[str, str]:
+def _devices(index: int, total: int, *, on_one: bool) -> dict[str, str]:
     """Variables that give each process a GPU. NCCL refuses two ranks on one GPU of one host, so where
     there are fewer GPUs than ranks, each is told to be a host of its own: real NCCL, over sockets."""
-    found = max(1, torch.cuda.device_count())
+    found = 1 if on_one else max(1, torch.cuda.device_count())
     variables = {"LOCAL_DEVICE": str(index % found)}
     if total > found:
         variables |= {"NCCL_HOSTID": f"test-{index}", "NCCL_SOCKET_IFNAME": "lo"}
@@ -126,7 +128,7 @@ def run_jobs(*jobs: Job, timeout_s: float = 60.0) -> list[list[Any]]:
         for j, job in enumerate(jobs):
             port = free_port()
             for rank in range(job.size):
-                devices = _devices(len(processes), sum(job.size for job in jobs))
+                devices = _devices(len(processes), sum(job.size for job in jobs), on_one=job.on_one_gpu)
                 ours, theirs = _context.Pipe(duplex=False)
                 process = _context.Process(target=_main, args=(theirs, job, rank, port, devices), daemon=True)
                 process.start()

@@ -253,7 +253,7 @@ def test_a_hook_that_raises_on_a_trainer_refuses_the_update(address):
     assert seen == [(1, [1.0]), "refused", (3, [3.0])]
 
 
-@pytest.mark.parametrize("route", ["broadcast", "peer"])
+@pytest.mark.parametrize("route", ["broadcast", "peer", "reshard"])
 def test_updates_and_checks(address, route):
     ((words,), (served,)) = run_jobs(
         Job(run=trainer, arguments={"address": address, "route": route}),
@@ -430,7 +430,13 @@ def cuda_server(rank, size, *, address, dtype, whole):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(
     ("route", "dtype"),
-    [("broadcast", torch.float32), ("broadcast", torch.bfloat16), ("peer", torch.float32)],
+    [
+        ("broadcast", torch.float32),
+        ("broadcast", torch.bfloat16),
+        ("reshard", torch.float32),
+        ("reshard", torch.bfloat16),
+        ("peer", torch.float32),
+    ],
 )
 def test_updates_of_layers_in_host_memory(address, route, dtype, whole):
     found, states = run_jobs(

@@ -100,6 +100,51 @@ def overlap(boxes: Sequence[Box], others: Sequence[Box] | None = None) -> bool:
     return False
 
 
+def meets(boxes: Sequence[Box], others: Sequence[Box]) -> list[tuple[int, int, Box]]:
+    """The pairs that share elements, in order: the place of each in its list, and what they share.
+
+    A sweep along the axis on which most boxes follow each other, as ``overlap``.
+    """
+    marked = [(box, 0, place) for place, box in enumerate(boxes) if box.volume]
+    marked += [(box, 1, place) for place, box in enumerate(others) if box.volume]
+    if not marked:
+        return []
+    axes = range(len(marked[0][0].sizes))
+    axis = max(axes, key=lambda axis: len({box.offsets[axis] for box, _, _ in marked}), default=None)
+    if axis is not None:
+        marked.sort(key=lambda mark: mark[0].offsets[axis])
+    found: list[tuple[int, int, Box]] = []
+    open_: tuple[list[tuple[Box, int]], list[tuple[Box, int]]] = ([], [])
+    for box, side, place in marked:
+        across = open_[1 - side]
+        if axis is not None:
+            across[:] = [(o, p) for o, p in across if o.offsets[axis] + o.sizes[axis] > box.offsets[axis]]
+        for other, there in across:
+            if (inner := box.intersect(other)) is not None:
+                found.append((there, place, inner) if side else (place, there, inner))
+        open_[side].append((box, place))
+    return sorted(found, key=lambda pair: pair[:2])
+
+
+def less(box: Box, other: Box) -> list[Box]:
+    """The elements of ``box`` that are not in ``other``, as boxes."""
+    common = box.intersect(other)
+    if common is None:
+        return [box]
+    found = []
+    for axis, (low, high) in enumerate(zip(common.offsets, common.ends, strict=True)):
+        for start, end in ((box.offsets[axis], low), (high, box.ends[axis])):
+            if start < end:
+                offsets = (*box.offsets[:axis], start, *box.offsets[axis + 1 :])
+                sizes = (*box.sizes[:axis], end - start, *box.sizes[axis + 1 :])
+                found.append(Box(offsets, sizes))
+        box = Box(
+            (*box.offsets[:axis], low, *box.offsets[axis + 1 :]),
+            (*box.sizes[:axis], high - low, *box.sizes[axis + 1 :]),
+        )
+    return found
+
+
 def check_exact_cover(name: str, shape: Sequence[int], boxes: Iterable[Box], where: str) -> None:
     """Raise CoverageError unless the boxes hold each element of ``shape`` exactly once."""
     whole = Box.whole(shape)

@@ -140,11 +140,11 @@ class Choice:
 def choose_route(asked: str, exports: Mapping[int, Exports], reaches: Sequence[Reach], cast: str) -> Choice:
     """``peer`` if every server rank can read every trainer rank's memory as it is, else ``broadcast``.
 
-    asked: ``auto``, ``peer`` or ``broadcast``. cast: why what has to be cast is better not copied.
+    asked: ``auto``, or the route itself. cast: why what has to be cast is better not copied.
     Raises SpecError where ``peer`` is asked for and can't be had.
     """
-    if asked == "broadcast":
-        return Choice(route="broadcast", reason=ASKED_FOR)
+    if asked in ("broadcast", "reshard"):
+        return Choice(route=asked, reason=ASKED_FOR)
     reasons = [held.reason for held in exports.values()] + [reach.reason for reach in reaches] + [cast]
     reason = next(filter(None, reasons), "")
     if not reason:

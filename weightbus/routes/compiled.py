@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,21 +19,29 @@ from weightbus.planning.facts import Facts, owners_of, ties_of
 from weightbus.planning.holders import Replicated, digesters, replicated
 from weightbus.planning.peer_plan import CASTS, PeerPlan, casts_of, plan_peer, why_no_cast, why_too_much
 from weightbus.planning.plan import Plan, Want, plan_broadcast, skipped_by
+from weightbus.planning.reshard_plan import ReshardPlan, plan_reshard
 from weightbus.planning.spec import Spec
 from weightbus.routes.peer import CompiledPeer, compile_peer
 from weightbus.routes.sharing import Sharing
 from weightbus.tensors.bucket import Compiled, Staging, compile_waves
 from weightbus.tensors.install import Target
+from weightbus.tensors.moves import compile_moves
 
 # In how many pieces what lies in place is digested, while other waves are under way.
 DIGESTS = 16
+
+# Where ``auto`` takes reshard for broadcast: over gloo. Over NCCL it has to be asked for, until it is measured.
+AUTO_RESHARD = frozenset({"cpu"})
+
+# If the busiest rank then carries at most this share of what a broadcast brings to each.
+CLEARLY_FEWER = 3 / 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """What all ranks have told, by group rank.
 
-    groups: the distinct wants, of which ``group`` are this rank's.
+    groups: the distinct wants, of which ``group`` are this rank's. hosts: of all.
     """
 
     rank: int
@@ -43,6 +51,7 @@ class Survey:
     reaches: Mapping[int, Reach]
     groups: Mapping[int, Facts]
     group: int
+    hosts: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,7 +65,7 @@ class Planned:
 
     choice: Choice
     sharing: Sharing
-    plan: Plan | PeerPlan
+    plan: Plan | PeerPlan | ReshardPlan
     compiled: Compiled | CompiledPeer
     target: Target | None
     sent: Ledger
@@ -84,7 +93,7 @@ def make_planned(
         choice, copies = _choose(survey, settings.route, alone=alone, one_device=one_device)
         if choice.route != "peer":
             sharing.close()
-        plan: Plan | PeerPlan
+        plan: Plan | PeerPlan | ReshardPlan
         compiled: Compiled | CompiledPeer
         if copies is not None:
             plan = copies
@@ -104,14 +113,20 @@ def make_planned(
         else:
             if not alone and staging.device.type == "cuda" and choice.reason not in (ASKED_FOR, OTHER_HOST):
                 say_once(f"no peer copies, NCCL serves: {choice.reason}")
-            plan = plan_broadcast(
-                survey.sources,
-                wants,
-                bucket_bytes=settings.bucket_bytes,
-                in_place=settings.source != "host",
-            )
-            compiled = compile_waves(plan, survey.rank, source=own, target=target, staging=staging)
-            _sent(plan, compiled, held)
+            choice, moves = _moves(survey, settings, choice, staging.device)
+            if moves is not None:
+                plan = moves
+                compiled = compile_moves(plan, survey.rank, source=own, target=target, staging=staging)
+                _given(plan, compiled, held)
+            else:
+                plan = plan_broadcast(
+                    survey.sources,
+                    wants,
+                    bucket_bytes=settings.bucket_bytes,
+                    in_place=settings.source != "host",
+                )
+                compiled = compile_waves(plan, survey.rank, source=own, target=target, staging=staging)
+                _sent(plan, compiled, held)
         stages = {name: _stage(last, len(compiled.waves)) for name, last in compiled.last.items()}
         if target:
             # What loading code that can't be traced may write over is digested when all of it has run.
@@ -169,6 +184,28 @@ def _choose(
     ):
         return Choice(route="broadcast", reason=why), None
     return choice, plan
+
+
+def _moves(
+    survey: Survey, settings: m.Settings, choice: Choice, device: torch.device
+) -> tuple[Choice, ReshardPlan | None]:
+    """The plan of a reshard, if it was asked for or ``auto`` takes it where it took a broadcast before."""
+    auto = settings.route == "auto" and choice.route == "broadcast" and len(survey.sources) > 1
+    if choice.route != "reshard" and not (auto and device.type in AUTO_RESHARD):
+        return choice, None
+    plan = plan_reshard(
+        survey.sources,
+        survey.wants,
+        bucket_bytes=settings.bucket_bytes,
+        in_place=settings.source != "host",
+        hosts=survey.hosts,
+    )
+    if choice.route == "reshard":
+        return choice, plan
+    if plan.busiest_bytes > CLEARLY_FEWER * plan.nbytes:
+        return choice, None
+    why = f"the busiest rank carries {plan.busiest_bytes / 1e9:.2f} GB, by broadcast {plan.nbytes / 1e9:.2f} GB"
+    return Choice(route="reshard", reason=why), plan
 
 
 def _stage(wave: int, waves: int) -> int:
@@ -238,6 +275,19 @@ def _sent(plan: Plan, compiled: Compiled, held: _Held) -> None:
         for step in wave.steps:
             for name, box, view, _ in step.boxes:
                 held.add(step.src, specs[name], box, _stage(index, len(compiled.waves)), view, index)
+
+
+def _given(plan: ReshardPlan, compiled: Compiled, held: _Held) -> None:
+    """What a rank digests of what leaves its source, or another holder's, or stays."""
+    names: dict[int, list[Spec]] = {}
+    for index, spec in enumerate(plan.specs):
+        names.setdefault(plan.echoes.get(index, index), []).append(spec)
+    for given in plan.given:
+        view = compiled.packed.get((given.tensor, given.box)) if given.src == held.rank else None
+        stage = _stage(given.wave, len(compiled.waves))
+        for spec in names[given.tensor]:
+            ranks = {given.box: given.digesters}
+            held.add(given.src, spec, given.box, stage, view, given.wave, ranks)
 
 
 def _copied(plan: PeerPlan, held: _Held) -> None:

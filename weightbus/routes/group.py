@@ -86,6 +86,17 @@ class Group:
             else torch_group.broadcast(self._backend, buffers, self.device, self._timeout_s)
         )
 
+    def exchange(
+        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]
+    ) -> list[Any]:
+        """Start messages together: buffers (uint8, contiguous) to and from group ranks other than this one.
+
+        Two ranks list what goes from one to the other in the same order. Returns works as ``broadcast`` does.
+        """
+        if self._backend is None or not (sends or receives):
+            return []
+        return torch_group.exchange(self._backend, sends, receives, self.device, self._timeout_s)
+
     def wait(self, work: Any, check: Callable[[], None]) -> None:
         """Until ``work`` is done.
 
@@ -99,7 +110,7 @@ class Group:
         try:
             work.wait()
         except RuntimeError as error:
-            raise GroupError(f"broadcast failed: {str(error).splitlines()[0]}") from error
+            raise GroupError(f"transfer failed: {str(error).splitlines()[0]}") from error
 
     def close(self, *, abort: bool = False) -> None:
         """Leave the group. ``abort``: other ranks may be gone, so wait for nobody."""

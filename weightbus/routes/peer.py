@@ -23,7 +23,7 @@ from weightbus.planning.exports import Place
 from weightbus.planning.facts import Facts
 from weightbus.planning.peer_plan import PeerPlan, Piece
 from weightbus.planning.spec import Spec
-from weightbus.routes.waves import OwnCopy, Wave, address_runs, copied_by_digests
+from weightbus.routes.peer_wave import OwnCopy, Wave, address_runs, copied_by_digests
 from weightbus.tensors.bucket import Staging, torch_dtype
 from weightbus.tensors.install import Target
 from weightbus.tensors.layout import Part

@@ -43,7 +43,7 @@ class Sharing:
 
     def export(self, parts: Parts) -> bytes:
         """A trainer rank's exports of its parts, or the reason why there are none."""
-        if self.asked == "broadcast":
+        if self.asked not in ("auto", "peer"):
             return b""
         if self.asked == "auto" and self.device.type == "cpu" and not self.both:
             reason = "on the CPU a peer copy needs a second copy of the source, so it must be asked for"
@@ -59,7 +59,7 @@ class Sharing:
 
         to_host: whether something of this rank's target lies in the host's memory.
         """
-        if self.asked == "broadcast":
+        if self.asked not in ("auto", "peer"):
             return b""
         try:
             for source, exports in sources.items():

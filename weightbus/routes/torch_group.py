@@ -11,7 +11,9 @@ import ipaddress
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, TimeoutError
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -107,6 +109,66 @@ def broadcast(
     finally:
         backend._end_coalescing()
     return []
+
+
+def exchange(
+    backend: Any,
+    sends: Sequence[tuple[torch.Tensor, int]],
+    receives: Sequence[tuple[torch.Tensor, int]],
+    device: torch.device,
+    timeout_s: float,
+) -> list[Any]:
+    """Start messages to and from ranks; their works.
+
+    On CUDA they are one NCCL group, for which the current stream waits; the host does not.
+    """
+    if device.type != "cuda":
+        works = [backend.recv([buffer], src, 0) for buffer, src in receives]
+        works += [backend.send([buffer], dst, 0) for buffer, dst in sends]
+        return [_Messages(works, timeout_s)]
+    backend._start_coalescing()
+    try:
+        for buffer, dst in sends:
+            backend.send([buffer], dst, 0)
+        for buffer, src in receives:
+            backend.recv([buffer], src, 0)
+    finally:
+        work = backend._end_coalescing()
+    work.wait()  # NCCL's own stream has done them
+    return []
+
+
+class _Messages:
+    """gloo's works for messages, as one. A wait for them that is over breaks all connections, and they don't
+    say whether they are completed: so a thread waits, and others for it."""
+
+    def __init__(self, works: list[Any], timeout_s: float) -> None:
+        self._done = Future[None]()
+        threading.Thread(
+            target=self._wait,
+            args=(works, timedelta(seconds=timeout_s)),
+            name="weightbus-messages",
+            daemon=True,
+        ).start()
+
+    def _wait(self, works: list[Any], timeout: timedelta) -> None:
+        try:
+            for work in works:
+                work.wait(timeout)
+        except BaseException as error:
+            self._done.set_exception(error)
+        else:
+            self._done.set_result(None)
+
+    def is_completed(self) -> bool:
+        return self._done.done()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Raises RuntimeError if a message failed, or if the time is over."""
+        try:
+            self._done.result(None if timeout is None else timeout.total_seconds())
+        except TimeoutError as error:
+            raise RuntimeError("not done in time") from error
 
 
 @cache

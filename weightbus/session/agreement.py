@@ -166,6 +166,7 @@ class Agreement:
             reaches={r: decode_reach(blob, str(members[r])) for r, blob in gathered.memory.items()},
             groups={blob: facts[member] for member, blob in gathered.holder.items()},
             group=gathered.holder.get(rank, 0),
+            hosts={place: member.host for place, member in enumerate(members)},
         )
         own = self.parts() if self._context.me.trainer is not None else {}
         target = self._target(offer, self._sources)

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from weightbus.control import messages as m
 from weightbus.digest.ledger import Ledger, Record
 from weightbus.errors import UpdateError
+from weightbus.planning.reshard_plan import ReshardPlan
 from weightbus.routes.broadcast import Broadcast
 from weightbus.routes.compiled import Planned
 from weightbus.routes.group import GroupError
 from weightbus.routes.peer import CompiledPeer, Peer
+from weightbus.routes.reshard import Reshard
+from weightbus.routes.waves import Waves
 from weightbus.session.context import Context
 from weightbus.session.destination import Destination
 from weightbus.session.evidence import Evidence, amiss
@@ -75,13 +78,14 @@ class Transfer:
             self._stages.lap("verify")
         return self._evidence(planned, seed), wrong
 
-    def _route(self, planned: Planned, look: Callable[[], None]) -> Broadcast | Peer:
+    def _route(self, planned: Planned, look: Callable[[], None]) -> Waves | Peer:
         lanes, hooks = self._context.lanes, planned.target.hooks if planned.target else {}
         if isinstance(planned.compiled, CompiledPeer):
             return Peer(planned.compiled, lanes, hooks, planned.sent, planned.live)
         group = self._context.join_group(self._offer.transfer_s, look)
         self._stages.lap("group")
-        route = Broadcast(planned.compiled, group, lanes, hooks, planned.sent, planned.live)
+        kind = Reshard if isinstance(planned.plan, ReshardPlan) else Broadcast
+        route = kind(planned.compiled, group, lanes, hooks, planned.sent, planned.live)
         route.clock = self._stages.clock
         return route
 

@@ -41,7 +41,8 @@ class Wave:
     """Transfers that start together. pack: into the bucket, before; unpack: out of it, after.
 
     staged: whether a bucket is used. assembled: tensors with hooks that are whole once this wave has been
-    unpacked. nbytes: of all transfers.
+    unpacked. nbytes: of all transfers. sends, receives: of a reshard, buffers with the group rank at the other
+    end. needs: the wave that has to be in place before, as this one passes on what it brought; -1: none.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -50,19 +51,27 @@ class Wave:
     assembled: list[str] = field(default_factory=list)
     staged: bool = False
     nbytes: int = 0
+    sends: list[tuple[Tensor, int]] = field(default_factory=list)
+    receives: list[tuple[Tensor, int]] = field(default_factory=list)
+    needs: int = -1
+
+
+# Of a reshard: what leaves this rank's source through a bucket, by the plan's tensor and box.
+Packed = dict[tuple[int, Box], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
     """This rank's waves. whole: for each tensor with a hook, the whole tensor that the hook will take.
     last: for each tensor, the wave that brings the last of it. depth: how many waves may be under way.
-    landing: waves after which the host waits, as it reads what they bring."""
+    landing: waves after which the host waits, as it reads what they bring. packed: of a reshard."""
 
     waves: list[Wave]
     whole: dict[str, Tensor]
     last: dict[str, int]
     depth: int
     landing: frozenset[int]
+    packed: Packed = field(default_factory=dict)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -77,14 +86,14 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _typed(buffer: Tensor, slot: Slot, spec: Spec) -> Tensor:
+def typed(buffer: Tensor, slot: Slot, spec: Spec) -> Tensor:
     """A slot's box in its transfer's buffer."""
     dtype = torch_dtype(spec.dtype)
     raw = buffer[slot.offset : slot.offset + slot.box.volume * dtype.itemsize]
     return raw.view(dtype).view(slot.box.sizes)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
     return -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
 
 
@@ -117,22 +126,25 @@ class Staging:
         return self._arena
 
 
-class _Ends:
-    """What this rank reads from its source and writes to its target, as views of boxes."""
+class Ends:
+    """What this rank reads from its source and writes to its target, as views of boxes.
+
+    echoes: as of a plan. whole: for each tensor with a hook, where it is put together.
+    """
 
     def __init__(
         self,
-        plan: Plan,
-        rank: int,
+        specs: Sequence[Spec],
+        echoes: Mapping[int, int],
         source: Mapping[str, Sequence[Part]],
         target: Target | None,
         whole: Mapping[str, Tensor],
         device: torch.device,
     ) -> None:
-        self.plan, self.rank, self.device = plan, rank, device
+        self.specs, self.device = specs, device
         self.source, self.target, self.whole = source, target, whole
         self.echoes: dict[int, list[int]] = {}
-        for echo, carrier in plan.echoes.items():
+        for echo, carrier in echoes.items():
             self.echoes.setdefault(carrier, []).append(echo)
 
     def reads(self, spec: Spec, box: Box) -> Tensor:
@@ -145,22 +157,30 @@ class _Ends:
             return [(self.whole[spec.name][box.within(Box.whole(spec.shape))], box)]
         return self.target.writes(spec.name, box) if self.target else []
 
-    def in_place(self, transfer: Transfer) -> Tensor | None:
-        """The storage that can be the buffer itself: the source's on its rank, else the target's."""
-        if len(transfer.slots) != 1:
+    def in_place(self, slots: Sequence[Slot], *, sends: bool) -> Tensor | None:
+        """The storage that can be the buffer itself: the source's where this rank sends, else the target's."""
+        if len(slots) != 1:
             return None
-        slot = transfer.slots[0]
-        spec = self.plan.specs[slot.tensor]
-        if transfer.src == self.rank:
-            view = self.reads(spec, slot.box)
-        else:
-            writes = self.writes(spec, slot.box)
-            if len(writes) != 1 or writes[0][1] != slot.box:
-                return None
-            view = writes[0][0]
+        (slot,) = slots
+        spec = self.specs[slot.tensor]
+        if sends:
+            return self.serves(spec, self.reads(spec, slot.box))
+        writes = self.writes(spec, slot.box)
+        if len(writes) != 1 or writes[0][1] != slot.box:
+            return None
+        return self.serves(spec, writes[0][0])
+
+    def serves(self, spec: Spec, view: Tensor) -> Tensor | None:
+        """``view``, if it can be a buffer."""
         plain = view.is_contiguous() and not view.is_conj() and not view.is_neg()
         fits = view.dtype == torch_dtype(spec.dtype) and view.device == self.device
         return view if plain and fits else None
+
+    def install(self, copies: Copies, slot: Slot, view: Tensor, *, echoes_only: bool = False) -> None:
+        """Have ``copies`` write a slot's box to wherever it is wanted, under all names of its tensor."""
+        for index in (*(() if echoes_only else (slot.tensor,)), *self.echoes.get(slot.tensor, ())):
+            for dst, inner in self.writes(self.specs[index], slot.box):
+                copies.add(dst, view[inner.within(slot.box)])
 
 
 def compile_waves(
@@ -177,12 +197,12 @@ def compile_waves(
     As many waves may be under way as there are buckets: a wave may start once the one that many
     before it has ended.
     """
-    spans = _spans(plan)
-    whole = _place_whole(plan, target, staging, spans)
-    ends = _Ends(plan, rank, source, target, whole, staging.device)
-    places = [[ends.in_place(transfer) for transfer in wave] for wave in plan.waves]
+    spans = spans_of(plan)
+    whole = place_whole(plan.specs, target, staging, spans)
+    ends = Ends(plan.specs, plan.echoes, source, target, whole, staging.device)
+    places = [[ends.in_place(t.slots, sends=t.src == rank) for t in wave] for wave in plan.waves]
     staged = [
-        sum(_aligned(t.nbytes) for t, place in zip(wave, row, strict=True) if place is None)
+        sum(aligned(t.nbytes) for t, place in zip(wave, row, strict=True) if place is None)
         for wave, row in zip(plan.waves, places, strict=True)
     ]
     ring = staging.ring(max(staged, default=0))
@@ -194,13 +214,26 @@ def compile_waves(
         for transfer, place in zip(transfers, row, strict=True):
             if place is None:
                 buffer = ring[used % len(ring)][offset : offset + transfer.nbytes]
-                offset += _aligned(transfer.nbytes)
+                offset += aligned(transfer.nbytes)
             else:
                 buffer = as_bytes(place)
-            wave.steps.append(_step(ends, wave, transfer, buffer, staged=place is None))
+            wave.steps.append(
+                _step(ends, wave, transfer, buffer, staged=place is None, sends=transfer.src == rank)
+            )
         used += wave.staged
         waves.append(wave)
-    last = {name: final for name, (_, final) in spans.items()}
+    return finished(waves, whole, {name: last for name, (_, last) in spans.items()}, target, staging, {})
+
+
+def finished(
+    waves: list[Wave],
+    whole: dict[str, Tensor],
+    last: dict[str, int],
+    target: Target | None,
+    staging: Staging,
+    packed: Packed,
+) -> Compiled:
+    """With the waves after which hooks run, and the host waits."""
     for name in whole.keys() & last.keys():
         waves[last[name]].assembled.append(name)
     hooks = target.hooks if target else {}
@@ -209,31 +242,27 @@ def compile_waves(
         for index, wave in enumerate(waves)
         if wave.unpack.to_host or any(hooks[name].to_host for name in wave.assembled)
     )
-    return Compiled(waves=waves, whole=whole, last=last, depth=staging.num_buckets, landing=landing)
+    depth = staging.num_buckets
+    return Compiled(waves=waves, whole=whole, last=last, depth=depth, landing=landing, packed=packed)
 
 
-def _step(ends: _Ends, wave: Wave, transfer: Transfer, buffer: Tensor, *, staged: bool) -> Step:
+def _step(ends: Ends, wave: Wave, transfer: Transfer, buffer: Tensor, *, staged: bool, sends: bool) -> Step:
     step = Step(src=transfer.src, buffer=buffer, staged=staged)
-    sends = transfer.src == ends.rank
     for slot in transfer.slots:
-        spec = ends.plan.specs[slot.tensor]
-        view = _typed(buffer, slot, spec)
+        spec = ends.specs[slot.tensor]
+        view = typed(buffer, slot, spec)
         origin = ends.reads(spec, slot.box) if sends else None
         step.boxes.append((spec.name, slot.box, view, origin))
         if origin is not None and staged:
             wave.pack.add(view, origin)
-        if staged or sends:
-            for dst, inner in ends.writes(spec, slot.box):
-                wave.unpack.add(dst, view[inner.within(slot.box)])
+        ends.install(wave.unpack, slot, view, echoes_only=not staged and not sends)
         for index in ends.echoes.get(slot.tensor, ()):
-            echo = ends.plan.specs[index]
+            echo = ends.specs[index]
             step.boxes.append((echo.name, slot.box, view, ends.reads(echo, slot.box) if sends else None))
-            for dst, inner in ends.writes(echo, slot.box):
-                wave.unpack.add(dst, view[inner.within(slot.box)])
     return step
 
 
-def _spans(plan: Plan) -> dict[str, tuple[int, int]]:
+def spans_of(plan: Plan) -> dict[str, tuple[int, int]]:
     """The first and last wave of each tensor that has elements."""
     spans: dict[str, tuple[int, int]] = {}
     for index, wave in enumerate(plan.waves):
@@ -247,18 +276,18 @@ def _spans(plan: Plan) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def _place_whole(
-    plan: Plan, target: Target | None, staging: Staging, spans: Mapping[str, tuple[int, int]]
+def place_whole(
+    specs: Sequence[Spec], target: Target | None, staging: Staging, spans: Mapping[str, tuple[int, int]]
 ) -> dict[str, Tensor]:
     """A place in the arena for each tensor with a hook, shared by those that never meet in time."""
     if target is None or not target.hooks:
         return {}
-    specs = {spec.name: spec for spec in plan.specs if spec.name in target.hooks}
+    hooked = {spec.name: spec for spec in specs if spec.name in target.hooks}
     places: list[tuple[int, int, int]] = []  # offset, end, last wave that may still use it
     offsets = {}
-    for name in sorted(specs.keys() & spans.keys(), key=lambda name: (spans[name], name)):
+    for name in sorted(hooked.keys() & spans.keys(), key=lambda name: (spans[name], name)):
         first, last = spans[name]
-        nbytes = _aligned(specs[name].nbytes)
+        nbytes = aligned(hooked[name].nbytes)
         offset = 0
         for low, high, until in sorted(places):
             if until >= first and low < offset + nbytes and offset < high:
@@ -269,5 +298,5 @@ def _place_whole(
     arena = staging.arena(max((end for _, end, _ in places), default=0))
     return {
         name: arena[offsets.get(name, 0) :][: spec.nbytes].view(torch_dtype(spec.dtype)).view(spec.shape)
-        for name, spec in specs.items()
+        for name, spec in hooked.items()
     }

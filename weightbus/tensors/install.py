@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from weightbus.errors import SpecError
 from weightbus.memory.shard import plain_view
-from weightbus.planning.box import Box, overlap
+from weightbus.planning.box import Box, less, overlap
 from weightbus.planning.facts import Facts, Holding
 from weightbus.planning.spec import Spec, castable
 from weightbus.tensors.layout import Layout, Part
 from weightbus.tensors.loaders.hook import Hook, Traces, load_weights_hooks, weight_loader_hook
 from weightbus.tensors.loaders.loading import NotALoader
-from weightbus.tensors.loaders.trace import Effect, Fill, less
+from weightbus.tensors.loaders.trace import Effect, Fill
 from weightbus.tensors.loaders.twin import twin
 from weightbus.tensors.torch_module import HOOK
 from weightbus.tensors.torch_wrappers import UNDO, check_renamed, weight_of

@@ -30,7 +30,7 @@ MEET_S = 0.2
 Kind = Literal["update", "check", "label", "catch_up"]
 MOVES: tuple[Kind, ...] = ("update", "catch_up")  # bytes
 FactsOf = Literal["sources", "wants", "prepare", "write"]
-Route = Literal["auto", "peer", "broadcast"]
+Route = Literal["auto", "peer", "broadcast", "reshard"]
 Sent = Literal["live", "device", "host"]
 
 

@@ -9,7 +9,7 @@ from itertools import product
 
 from torch import Tensor
 
-from weightbus.planning.box import Box, overlap
+from weightbus.planning.box import Box, less, overlap
 
 # More pieces than this say that a tensor is scattered rather than cut into boxes.
 MAX_PIECES = 4096
@@ -230,22 +230,3 @@ def _without(fills: Iterable[Fill], boxes: Sequence[Box]) -> tuple[Fill, ...]:
     for box in boxes:
         left = [Fill(rest, fill.value) for fill in left for rest in less(fill.target, box)]
     return tuple(left)
-
-
-def less(box: Box, other: Box) -> list[Box]:
-    """The elements of ``box`` that are not in ``other``, as boxes."""
-    common = box.intersect(other)
-    if common is None:
-        return [box]
-    found = []
-    for axis, (low, high) in enumerate(zip(common.offsets, common.ends, strict=True)):
-        for start, end in ((box.offsets[axis], low), (high, box.ends[axis])):
-            if start < end:
-                offsets = (*box.offsets[:axis], start, *box.offsets[axis + 1 :])
-                sizes = (*box.sizes[:axis], end - start, *box.sizes[axis + 1 :])
-                found.append(Box(offsets, sizes))
-        box = Box(
-            (*box.offsets[:axis], low, *box.offsets[axis + 1 :]),
-            (*box.sizes[:axis], high - low, *box.sizes[axis + 1 :]),
-        )
-    return found
