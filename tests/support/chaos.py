@@ -63,7 +63,7 @@ class Chaos:
         for strike in strikes:
             if not strike.done:
                 strike.begin(self.world)
-        self._wait(lambda: self.judge.settled(call), self.judge.settle_s())
+        self._wait(lambda: self._end_due(call) or self.judge.settled(call), self.judge.settle_s())
         for strike in strikes:
             self._hear_for(strike.left_s)
             strike.end(self.world)
@@ -81,8 +81,7 @@ class Chaos:
             for strike in call.strikes:
                 if not strike.done and time.monotonic() >= call.began + strike.delay_s:
                     strike.begin(self.world)
-                elif strike.done and strike.fault.lasts_s and not strike.left_s:
-                    strike.end(self.world)
+            self._end_due(call)
             for rank in self.world.trainers:
                 if rank.answers:
                     call.answers[rank.name] = rank.answers[-1]
@@ -99,6 +98,12 @@ class Chaos:
                     rank.signal(signal.SIGKILL)
                 return
             self.world.hear(0.005 if any(not strike.done for strike in call.strikes) else 0.02)
+
+    def _end_due(self, call: Call) -> None:
+        """End what lasts a time of its own, once that is over."""
+        for strike in call.strikes:
+            if strike.done and strike.fault.lasts_s and not strike.left_s:
+                strike.end(self.world)
 
     def _hear_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds

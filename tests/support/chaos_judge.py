@@ -16,6 +16,7 @@ MARGIN_S = 2.0  # beyond a deadline
 SETTLE_S = 3.0  # for an outcome to be heard by all
 CLOSINGS = ("commit", "torn", "refused")
 LEVELS = ("threads", "fds")
+GIVEN_UP_S = ranks.TRANSFER_S + 1.0  # gloo has then given up what could not be made
 
 
 @dataclass(kw_only=True)
@@ -197,7 +198,8 @@ class Judge:
             listed = rank.replica in told.get("replicas", [])
             if told and listed and not has_it and not self.is_hurt(rank):
                 self.breaks(f"false report: {rank.name} should have {version}, is {state} {has}: {error}")
-            if has_it and told and not listed:
+            caught_up = rank.replica in told.get("left_out", {})  # since then
+            if has_it and told and not listed and not caught_up:
                 self.breaks(f"false report: {rank.name} has {version}, is not in {told}")
             if has_it and known and not told:
                 self.breaks(f"false report: {rank.name} has {version}, which failed: {self._texts(call)}")
@@ -236,11 +238,13 @@ class Judge:
             used += [("hub", pid, ranks.usage(pid)) for pid in self.world.hub_pids()]
         for name, pid, usage in used:
             levels = self.levels.setdefault(pid, [])
-            levels.append(usage | {"update": self.version})
+            levels.append(usage | {"update": self.version, "second": int(time.monotonic())})
             base = levels[: min(3, len(levels))]
+            late = levels[-1]["second"] - GIVEN_UP_S
             for what in LEVELS:
                 allowed = max(level[what] for level in base) + 2
-                if len(levels) > 3 and all(level[what] > allowed for level in levels[-2:]):
+                since = next((n for n, level in enumerate(levels[::-1]) if level[what] <= allowed), len(levels))
+                if since > 1 and levels[-since]["second"] < late:
                     self.breaks(f"{name} has {levels[-1][what]} {what}, expected at most {allowed}")
 
     def growth(self) -> list[float]:
