@@ -12,6 +12,7 @@ from weightbus.hub.steps import SAY_S
 # Until the hub waits no more for ranks that move bytes.
 RUN_S = NOTHING["transfer_s"] + m.REACH_S + SAY_S
 
+STALLED = "transfer: expected to end within 20 s"
 BROKEN = "broadcast failed: connection closed by peer"
 
 
@@ -100,7 +101,7 @@ def test_a_transfer_that_has_taken_all_its_time_is_not_tried_again():
     room = Running()
     room.wait(NOTHING["transfer_s"])
     for peer in ("t0", "t1", "s0", "s1"):
-        room.say(m.Done, peer, error="transfer: expected to end within 20 s", symptom=True)
+        room.say(m.Done, peer, error=STALLED, symptom=True)
     room.wait(SYMPTOM_S)
     assert not room.outcome().again
 
@@ -114,9 +115,6 @@ def test_who_waits_for_one_whose_transfer_has_failed_is_not_named():
     assert room.named(end) == ["replica 1 server rank 0"]
     assert end.again
     assert room.hub.isolation.left_out(1, room.now) == {}
-
-
-STALLED = "transfer: expected to end within 20 s"
 
 
 def test_a_link_that_is_cut_is_named_by_both_ends_and_its_server_is_left_out():
@@ -186,6 +184,17 @@ def test_a_stalled_transfer_is_the_fault_of_who_stands_still():
     assert room.named(end) == ["replica 1 server rank 0", "replica 0 server rank 0"]
     assert end.again
     assert room.hub.isolation.left_out(1, room.now).keys() == {1}
+
+
+def test_the_only_one_that_stands_still_is_named_where_all_others_have_given_up():
+    room = Running()
+    look(room, "t1", "s0", "s1", seconds=NOTHING["transfer_s"])
+    for peer in ("t1", "s0", "s1"):
+        room.say(m.Done, peer, error=STALLED, symptom=True)
+    look(room, "t1", "s0", "s1", seconds=m.REACH_S + SAY_S + WATCH_S)
+    end = room.outcome()
+    assert room.named(end)[0] == "trainer rank 0"
+    assert not end.again
 
 
 def test_where_all_look_all_who_are_silent_are_named():

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chaos_ranks as ranks
 import namespaces
 import torch
 from chaos_faults import HANG_S, HUB_SILENT_S, UNHEARD_S, Strike, draw
@@ -30,7 +31,7 @@ from chaos_judge import Call, Judge
 from chaos_world import Rank, World, world
 
 ROOT = Path(__file__).resolve().parents[2]
-HARD_S = 90.0  # no call is waited for longer, whatever was done
+HARD_S = 90.0 * ranks.SLOW  # no call is waited for longer, whatever was done
 TRAIL = 60
 
 
@@ -181,7 +182,7 @@ class Chaos:
             told = victim.name in answer["text"] and "too large" in answer["text"]
             if answer["kind"] != ("UpdateError" if full else "ok") or (full and not told):
                 self.judge.breaks(f"save, disk {'full' if full else 'free'}: {name}: {answer}")
-            if answer["ended"] - answer["began"] > 5.0 + self.judge.stalls.since(call.began):
+            if answer["ended"] - answer["began"] > 5.0 * ranks.SLOW + self.judge.stalls.since(call.began):
                 self.judge.breaks(f"save took {answer['ended'] - answer['began']:.1f} s")
         if full and os.path.exists(path):
             self.judge.breaks(f"a save that failed has left {os.listdir(path)}")
@@ -231,6 +232,7 @@ def result(chaos: Chaos, seed: int, seconds: float) -> dict[str, Any]:
         "what": "random faults over gloo: 2 trainer ranks, 2 replicas of 2 ranks",
         **machine(),
         "seed": seed,
+        "slow": ranks.SLOW,
         "links": chaos.links,
         "seconds": round(seconds, 1),
         "updates": chaos.updates,

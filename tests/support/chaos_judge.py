@@ -12,8 +12,8 @@ import chaos_ranks as ranks
 from chaos_faults import HUB_SILENT_S, UNHEARD_S, Strike
 from chaos_world import Rank, Stalls, World
 
-MARGIN_S = 2.0  # beyond a deadline
-SETTLE_S = 3.0  # for an outcome to be heard by all
+MARGIN_S = 2.0 * ranks.SLOW  # beyond a deadline
+SETTLE_S = 3.0 * ranks.SLOW  # for an outcome to be heard by all
 CLOSINGS = ("commit", "torn", "refused")
 LEVELS = ("threads", "fds")
 GIVEN_UP_S = ranks.TRANSFER_S + 1.0  # gloo has then given up what could not be made
@@ -123,7 +123,8 @@ class Judge:
         hurt, own = self.is_hurt(rank), [s.fault.own_s for s in self.struck if s.fault.own_s is not None]
         limit = max(own, default=None) if hurt else self.limit_s() - MARGIN_S
         if limit is not None and seen["took"] > limit + MARGIN_S + stalled:
-            self.breaks(f"a poll of {rank.name} took {seen['took']:.1f} s, expected at most {limit:.1f} + 2")
+            took = f"a poll of {rank.name} took {seen['took']:.1f} s"
+            self.breaks(f"{took}, expected at most {limit:.1f} + {MARGIN_S:.0f}")
         for name in seen["calls"]:
             before = self.callbacks.get(rank.pid, "")
             if (name == "update") == (before == "update"):

@@ -25,7 +25,7 @@ def name_silent(round: Round, missing: Missing, now: float) -> None:
     silent = round.expected - round.answers.keys()
     if round.phase is Phase.RUN:
         still = round.blame.still([peer for peer in round.members if peer in silent], now)
-        if round.blame.open and not any(still.values()):
+        if round.blame.open and round.blame.all_look(silent, now):
             return  # they wait for who has said that its transfer has failed
         busy = {peer: f", busy elsewhere for {s:.1f} s" if s else "" for peer, s in still.items()}
         missing = [(str(round.members[p]), f"no answer in phase RUN{text}") for p, text in busy.items()]
