@@ -90,6 +90,10 @@ class Blame:
         """Whether the main threads of all these are known to look for messages."""
         return all(id in self._looks and now - self._looks[id][1] <= STILL_S for id in waited_for)
 
+    def all_still(self, waited_for: Iterable[str], now: float) -> bool:
+        """Whether the main threads of all these are known to stand still."""
+        return all(id in self._looks and now - self._looks[id][1] > STILL_S for id in waited_for)
+
     def still(self, waited_for: Iterable[str], now: float) -> dict[str, float]:
         """Of the ranks that are waited for, those whose main thread looks for no message, and for how long:
         the others wait for these. All of them, with 0, where that is not known."""

@@ -446,6 +446,8 @@ class Coordinator:
         if waits and round.phase is Phase.RUN and round.blame.is_due(now):
             silent = round.expected - round.answers.keys()
             round.blame.watch([self.roster.peers[peer] for peer in silent], now)
+            if round.blame.open and round.blame.all_still(silent, now):
+                round.deadline = now  # the others have given up waiting for them
         if not waits or now >= round.deadline:
             name_links(round)
         if round.phase is not Phase.ENTER and (waits or round.blame.open) and now < round.deadline:
