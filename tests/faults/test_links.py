@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from processes import Job, free_port, run_jobs
 
 import weightbus
 from weightbus.control import messages as m
+from weightbus.routes import reach
 from weightbus.routes.reach import unreached
 
 SHAPE = (512, 1024)
@@ -98,7 +100,15 @@ def test_who_refuses_a_connection_is_reached():
         assert time.monotonic() - begun < m.REACH_S / 2
 
 
-def test_who_does_not_answer_is_not_reached(monkeypatch):
+def test_where_nothing_can_be_tried_nobody_is_named(monkeypatch):
+    def no_more(*arguments):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(reach.socket, "socket", no_more)
+    assert unreached({0: ("127.0.0.1", 9)}) == []
+
+
+def test_who_does_not_answer_is_not_reached():
     """A listener whose queue is full drops what comes."""
     with socket.socket() as full, socket.socket() as one, socket.socket() as two:
         full.bind(("127.0.0.1", 0))
