@@ -119,7 +119,9 @@ class Group:
             raise GroupError(f"broadcast failed: {str(error).splitlines()[0]}") from error
 
     def _apart(self) -> list[int]:
-        """Ranks that this one can't reach. NCCL's addresses are not known: those count as reached."""
+        """Ranks that this one can't reach. Where NCCL's are is not known: they count as reached."""
+        if self.device.type != "cpu":
+            return []
         told = {key.rpartition("/")[2]: value for key, value in list(self._store.values.items())}
         found = {int(key): torch_group.told_address(value) for key, value in told.items() if key.isdigit()}
         others = {rank: to for rank, to in found.items() if to and rank != self.rank and rank < self.size}
