@@ -84,6 +84,7 @@ class Link:
         self._heard = time.monotonic()
         self._unanswered_s = 0.0  # of beats in a row, over a connection that is open
         self._beaten = self._heard  # when the last beat was sent
+        self._tried_s = 0.0  # which joining again has taken since
         self._ended = 0.0  # when the hub was last found to have closed the connection
         self._lost = ""
         self._start_hub_dead_after_s: float | None = None
@@ -341,7 +342,9 @@ class Link:
                         connection.close()
                         connection = self._watched()
                     self._one_beat(connection, beat_s)
+                    begun = time.monotonic()
                     self._come_back()
+                    self._tried_s = min(time.monotonic() - begun, HELLO_AGAIN_S)
                 except Exception as error:  # without beats the hub would take this rank for dead
                     log.warning("heartbeat: %s: %s", type(error).__name__, error)
                     if connection.closed_s() and connection.key_refused:
@@ -378,7 +381,7 @@ class Link:
         connection.send(beat)
         # This process may have been stopped itself: of a pause only what beats and joining again take counts.
         beaten, self._beaten = self._beaten, time.monotonic()
-        since_s = min(self._beaten - beaten, 2 * beat_s + HELLO_AGAIN_S)
+        since_s = min(self._beaten - beaten, 2 * beat_s + self._tried_s)
         answer = connection.receive(beat_s)
         # Beats that were kept while no hub was there are all answered by the next one. Taken singly, these
         # answers would let it seem alive for as long again.
