@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -110,6 +111,12 @@ def test_a_death_between_two_waves(address, fault, route, at):
     assert (state, values) == ("ready", {3.0})
 
 
+def _told(name, ip):
+    """As gloo's ranks say it: name and address, each behind its length; then numbers of its own."""
+    address = torch_group._sockaddr((ip, 258, 0, 0)).ljust(136, b"\0")
+    return struct.pack("=Q", len(name)) + name.encode() + struct.pack("=Q", len(address)) + address + bytes(32)
+
+
 class Slow:
     """A backend whose end waits for an operation's timeout."""
 
@@ -124,11 +131,21 @@ def test_a_group_that_is_given_up_is_not_waited_for_once_nothing_can_arrive(monk
     closed = []
     one = Group.__new__(Group)
     one.device, one._backend = torch.device("cpu"), Slow()
-    one._store = SimpleNamespace(values=[b""], close=lambda: closed.append(True))
+    one._store = SimpleNamespace(values={"0": b""}, close=lambda: closed.append(True))
     one.close(abort=True)
     assert open_s <= time.monotonic() - begun < open_s + 1.0
     assert closed == [True]
     assert one._backend is None
+
+
+def test_where_a_rank_listens_is_read_from_what_it_tells():
+    told = _told("vm", "127.0.0.1")
+    assert torch_group.told_address(told) == ("127.0.0.1", 258)
+    assert torch_group.told_address(_told("a.longer.name", "::1")) == ("::1", 258)
+    for cut in range(22):
+        assert torch_group.told_address(told[:cut]) is None
+    assert torch_group.told_address(b"\xff" * 200) is None
+    assert torch_group.told_address(bytes(200)) is None
 
 
 def test_addresses_are_found_as_gloo_tells_them():

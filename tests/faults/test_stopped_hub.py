@@ -14,6 +14,7 @@ from processes import Job, run_jobs, start_python
 
 import weightbus
 from weightbus.control import link, start
+from weightbus.control.joining import HELLO_AGAIN_S
 from weightbus.hub.server import Hub
 from weightbus.session import round
 
@@ -113,6 +114,25 @@ def test_one_that_goes_on_later_says_nothing_that_is_taken_for_the_next_call(add
     assert trained[0][2][0] == trained[1][2][0], "one end for both"
     for wrong, state, values in served:
         assert (wrong, state, values) == ([], "ready", [4.0])
+
+
+def test_one_is_ended_in_time_though_this_rank_tries_to_join_it_again(address, monkeypatch):
+    """Between updates: then the heartbeats' thread also joins again, and waits for an answer to that."""
+    monkeypatch.setattr(link, "DEAD_AFTER_S", SILENT_S)
+    ended = []
+    monkeypatch.setattr(
+        link, "end_hub", lambda address: ended.append(time.monotonic()) or start.end_hub(address)
+    )
+    with weightbus.Publisher([("w", torch.zeros(SHAPE))], address=address, rank=0, size=1):
+        hub = start._started[address]
+        time.sleep(1.0)
+        begun = time.monotonic()
+        hub.send_signal(signal.SIGSTOP)
+        while not ended:
+            assert time.monotonic() - begun < 15.0
+            time.sleep(0.05)
+        assert ended[0] - begun < SILENT_S + HELLO_AGAIN_S + 2.0
+        hub.wait(5)
 
 
 def test_a_hub_of_another_process_is_not_ended(address):

@@ -7,6 +7,7 @@ import pytest
 from weightbus.control import messages as m
 from weightbus.hub.coordinator import Coordinator
 from weightbus.hub.round import GRACE_S, Phase
+from weightbus.hub.steps import SAY_S
 
 NOTHING = {"min_replicas": 1, "join_s": 10.0, "ready_s": 5.0, "transfer_s": 20.0}
 
@@ -334,7 +335,7 @@ def test_a_failure_in_run_is_final_for_all_and_starts_a_new_epoch(how):
         room.say(m.Done, "s0", error="the hook raised")
     elif how == "a death":
         room.drop("s0")
-    room.wait(GRACE_S if how != "silence" else 20.0)
+    room.wait(GRACE_S if how != "silence" else NOTHING["transfer_s"] + m.REACH_S + SAY_S)
     outcome = only(room.heard(), m.Outcome)[0][1]
     assert (outcome.ok, outcome.moved) == (False, True)
     if how == "a death":

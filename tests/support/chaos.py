@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chaos_ranks as ranks
 import namespaces
 import torch
 from chaos_faults import HANG_S, HUB_SILENT_S, UNHEARD_S, Strike, draw
@@ -30,7 +31,7 @@ from chaos_judge import Call, Judge
 from chaos_world import Rank, World, world
 
 ROOT = Path(__file__).resolve().parents[2]
-HARD_S = 90.0  # no call is waited for longer, whatever was done
+HARD_S = 90.0 * ranks.SLOW  # no call is waited for longer, whatever was done
 TRAIL = 60
 
 
@@ -63,7 +64,7 @@ class Chaos:
         for strike in strikes:
             if not strike.done:
                 strike.begin(self.world)
-        self._wait(lambda: self.judge.settled(call), self.judge.settle_s())
+        self._wait(lambda: self._end_due(call) or self.judge.settled(call), self.judge.settle_s())
         for strike in strikes:
             self._hear_for(strike.left_s)
             strike.end(self.world)
@@ -81,8 +82,7 @@ class Chaos:
             for strike in call.strikes:
                 if not strike.done and time.monotonic() >= call.began + strike.delay_s:
                     strike.begin(self.world)
-                elif strike.done and strike.fault.lasts_s and not strike.left_s:
-                    strike.end(self.world)
+            self._end_due(call)
             for rank in self.world.trainers:
                 if rank.answers:
                     call.answers[rank.name] = rank.answers[-1]
@@ -99,6 +99,12 @@ class Chaos:
                     rank.signal(signal.SIGKILL)
                 return
             self.world.hear(0.005 if any(not strike.done for strike in call.strikes) else 0.02)
+
+    def _end_due(self, call: Call) -> None:
+        """End what lasts a time of its own, once that is over."""
+        for strike in call.strikes:
+            if strike.done and strike.fault.lasts_s and not strike.left_s:
+                strike.end(self.world)
 
     def _hear_for(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -176,7 +182,7 @@ class Chaos:
             told = victim.name in answer["text"] and "too large" in answer["text"]
             if answer["kind"] != ("UpdateError" if full else "ok") or (full and not told):
                 self.judge.breaks(f"save, disk {'full' if full else 'free'}: {name}: {answer}")
-            if answer["ended"] - answer["began"] > 5.0 + self.judge.stalls.since(call.began):
+            if answer["ended"] - answer["began"] > 5.0 * ranks.SLOW + self.judge.stalls.since(call.began):
                 self.judge.breaks(f"save took {answer['ended'] - answer['began']:.1f} s")
         if full and os.path.exists(path):
             self.judge.breaks(f"a save that failed has left {os.listdir(path)}")
@@ -226,6 +232,7 @@ def result(chaos: Chaos, seed: int, seconds: float) -> dict[str, Any]:
         "what": "random faults over gloo: 2 trainer ranks, 2 replicas of 2 ranks",
         **machine(),
         "seed": seed,
+        "slow": ranks.SLOW,
         "links": chaos.links,
         "seconds": round(seconds, 1),
         "updates": chaos.updates,

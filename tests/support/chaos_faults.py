@@ -18,6 +18,7 @@ Whose = Literal["server", "trainer", "hub", "link", "job"]
 # Seconds after which a rank takes its hub for lost, and for which it then waits for an outcome.
 HUB_SILENT_S, UNHEARD_S = 10.0, 20.0
 SHORT_S = 0.6
+FLAP_S = 2.0
 LONG_S = ranks.DEAD_AFTER_S + ranks.TRANSFER_S
 HANG_S = ranks.TRANSFER_S + 3.0
 
@@ -105,11 +106,11 @@ def _fork_and_kill(world: World, victim: Rank | None) -> None:
 
 
 def _flap(world: World, victim: Rank | None) -> None:
-    """A link that loses what comes in many short times, for two seconds."""
+    """A link that loses what comes in many short times, for ``FLAP_S``."""
     rng = random.Random(world.rng.random())  # noqa: S311 - drawn again from its seed
 
     def flap() -> None:
-        until = time.monotonic() + 2.0
+        until = time.monotonic() + FLAP_S
         while time.monotonic() < until:
             world.link(up=False)
             time.sleep(rng.uniform(0.0, 0.1))
@@ -170,7 +171,7 @@ def _table() -> list[Fault]:
               end=lambda world, _: world.link(up=True), weight=4, **link),
         Fault(name="cut, long", begin=lambda world, _: world.link(up=False), lasts_s=HUB_SILENT_S + 3.0,
               end=lambda world, _: world.link(up=True), weight=1, **link),
-        Fault(name="lossy", begin=_flap, lasts_s=2.5, weight=4, **link),
+        Fault(name="lossy", begin=_flap, lasts_s=FLAP_S + 0.5, weight=4, **{**link, "answer_s": FLAP_S + dead}),
         Fault(name="a named job beside", of="job", begin=_second_job, answer_s=dead),
         Fault(name="a trainer in a taken place", of="job", begin=_intruder, answer_s=dead),
     ]  # fmt: skip

@@ -12,10 +12,11 @@ import chaos_ranks as ranks
 from chaos_faults import HUB_SILENT_S, UNHEARD_S, Strike
 from chaos_world import Rank, Stalls, World
 
-MARGIN_S = 2.0  # beyond a deadline
-SETTLE_S = 3.0  # for an outcome to be heard by all
+MARGIN_S = 2.0 * ranks.SLOW  # beyond a deadline
+SETTLE_S = 3.0 * ranks.SLOW  # for an outcome to be heard by all
 CLOSINGS = ("commit", "torn", "refused")
 LEVELS = ("threads", "fds")
+GIVEN_UP_S = ranks.TRANSFER_S + 1.0  # gloo has then given up what could not be made
 
 
 @dataclass(kw_only=True)
@@ -122,7 +123,8 @@ class Judge:
         hurt, own = self.is_hurt(rank), [s.fault.own_s for s in self.struck if s.fault.own_s is not None]
         limit = max(own, default=None) if hurt else self.limit_s() - MARGIN_S
         if limit is not None and seen["took"] > limit + MARGIN_S + stalled:
-            self.breaks(f"a poll of {rank.name} took {seen['took']:.1f} s, expected at most {limit:.1f} + 2")
+            took = f"a poll of {rank.name} took {seen['took']:.1f} s"
+            self.breaks(f"{took}, expected at most {limit:.1f} + {MARGIN_S:.0f}")
         for name in seen["calls"]:
             before = self.callbacks.get(rank.pid, "")
             if (name == "update") == (before == "update"):
@@ -197,7 +199,8 @@ class Judge:
             listed = rank.replica in told.get("replicas", [])
             if told and listed and not has_it and not self.is_hurt(rank):
                 self.breaks(f"false report: {rank.name} should have {version}, is {state} {has}: {error}")
-            if has_it and told and not listed:
+            caught_up = rank.replica in told.get("left_out", {})  # since then
+            if has_it and told and not listed and not caught_up:
                 self.breaks(f"false report: {rank.name} has {version}, is not in {told}")
             if has_it and known and not told:
                 self.breaks(f"false report: {rank.name} has {version}, which failed: {self._texts(call)}")
@@ -236,11 +239,13 @@ class Judge:
             used += [("hub", pid, ranks.usage(pid)) for pid in self.world.hub_pids()]
         for name, pid, usage in used:
             levels = self.levels.setdefault(pid, [])
-            levels.append(usage | {"update": self.version})
+            levels.append(usage | {"update": self.version, "second": int(time.monotonic())})
             base = levels[: min(3, len(levels))]
+            late = levels[-1]["second"] - GIVEN_UP_S
             for what in LEVELS:
                 allowed = max(level[what] for level in base) + 2
-                if len(levels) > 3 and all(level[what] > allowed for level in levels[-2:]):
+                since = next((n for n, level in enumerate(levels[::-1]) if level[what] <= allowed), len(levels))
+                if since > 1 and levels[-since]["second"] < late:
                     self.breaks(f"{name} has {levels[-1][what]} {what}, expected at most {allowed}")
 
     def growth(self) -> list[float]:

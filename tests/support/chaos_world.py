@@ -18,7 +18,7 @@ import chaos_ranks as ranks
 from namespaces import Host, two_hosts
 from processes import _context, free_port
 
-UP_S = 40.0  # for a process to be a member
+UP_S = 40.0 * ranks.SLOW  # for a process to be a member
 
 
 @dataclass(eq=False)

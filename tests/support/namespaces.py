@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
@@ -55,28 +55,52 @@ class Host:
         """It is there again."""
         _ip("-n", self.namespace, "link", "set", self.interface, "up")
 
+    def lose(self, other: Host) -> None:
+        """What it sends to ``other`` by this interface is lost, and it is not told."""
+        nowhere = ("lladdr", "02:00:00:00:00:01", "dev", self.interface, "nud", "permanent")
+        _ip("-n", self.namespace, "neigh", "replace", other.address, *nowhere)
+
+    def find(self, other: Host) -> None:
+        """What it sends to ``other`` arrives again."""
+        _ip("-n", self.namespace, "neigh", "del", other.address, "dev", self.interface)
+
+
+def _join(one: Host, two: Host) -> None:
+    """A link between them."""
+    _ip("link", "add", one.interface, "netns", one.namespace, "type", "veth", "peer", "name", two.interface,
+       "netns", two.namespace)  # fmt: skip
+    for host in (one, two):
+        inside = ("-n", host.namespace)
+        _ip(*inside, "addr", "add", f"{host.address}/24", "dev", host.interface)
+        _ip(*inside, "link", "set", host.interface, "up")
+
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     stem = f"wb{os.getpid() % 100000}"
     one = Host(namespace=f"{stem}a", address="10.77.0.1", interface=f"{stem}x")
     two = Host(namespace=f"{stem}b", address="10.77.0.2", interface=f"{stem}y")
-
     try:
         for host in (one, two):
             _ip("netns", "add", host.namespace)
-        _ip("link", "add", one.interface, "netns", one.namespace, "type", "veth", "peer", "name", two.interface,
-           "netns", two.namespace)  # fmt: skip
+        _join(one, two)
         for host in (one, two):
-            inside = ("-n", host.namespace)
-            _ip(*inside, "addr", "add", f"{host.address}/24", "dev", host.interface)
-            _ip(*inside, "link", "set", host.interface, "up")
-            _ip(*inside, "link", "set", "lo", "up")
+            _ip("-n", host.namespace, "link", "set", "lo", "up")
         yield one, two
     finally:
         for host in (one, two):
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("netns", "del", host.namespace)
+
+
+def second_link(one: Host, two: Host) -> tuple[Host, Host]:
+    """Another link between two hosts: the same, by their interfaces and addresses on it."""
+    ends = (
+        replace(one, address="10.78.0.1", interface=f"{one.interface}d"),
+        replace(two, address="10.78.0.2", interface=f"{two.interface}d"),
+    )
+    _join(*ends)
+    return ends
 
 
 @dataclass

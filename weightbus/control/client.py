@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -23,10 +24,45 @@ SLACK_S = 5.0
 
 # How often a client that waits looks whether keys have changed.
 RENEW_S = 0.25
+
+# How often one that waits for a request's end asks whether the hub is still there.
+LOOK_S = 2.0
 TASK_SLACK_S = 15.0
 
 # Tensors in a request: of one module, or of several by name.
 Payload = bytes | Mapping[str, bytes]
+
+
+class _Vigil:
+    """Whether the hub that was asked is still there, while its answer is waited for.
+
+    One that has closed the connection has forgotten the request, though another one, or itself, may be back.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        connection.closed_s()
+        self._closings, self._heard = connection.closings, time.monotonic()
+        self._next = self._heard + LOOK_S
+
+    def heard(self) -> None:
+        self._heard = time.monotonic()
+
+    def look(self, job: str) -> None:
+        """Ask it for a sign of life, now and then. Raises HubError once it has gone, or is silent."""
+        now, doubt = time.monotonic(), "; what it was asked may have been done"
+        self._connection.closed_s()
+        if self._connection.closings > self._closings:
+            raise HubError(f"the hub at {self._connection.address} has closed the connection{doubt}")
+        if now - self._heard > m.DEAD_AFTER_S + LOOK_S:
+            text = f"has not answered for {now - self._heard:.0f} s{doubt}"
+            raise HubError(f"the hub at {self._connection.address} {text}")
+        if now >= self._next:
+            self._next = now + LOOK_S
+            ask = a.AskStatus(id=secrets.token_hex(8), past=0)
+            ask.job = job
+            with contextlib.suppress(NotSent):
+                self._connection.send(ask)
 
 
 class Client:
@@ -37,7 +73,7 @@ class Client:
     ``check``, ``update`` and ``set_version`` need the trainer: they run at its next ``publisher.poll()`` or
     at the end of its next ``update()``, and wait ``wait_s`` for that; ``on_wait`` is called with what the hub
     says they wait for. Loads need a replica's ranks only, each in ``poll`` or ``serve``. All methods raise
-    HubError if no hub answers.
+    HubError if no hub answers, or if it goes while they wait: what it was asked may then have been done.
     """
 
     def __init__(
@@ -60,9 +96,7 @@ class Client:
         self._connection = self._connect()
 
     def _connect(self) -> Connection:
-        return Connection(
-            self._context, self.address, self._keys, attempt=self._attempt, watched=self._keys.client
-        )
+        return Connection(self._context, self.address, self._keys, attempt=self._attempt, watched=True)
 
     def _renew(self) -> bool:
         """Connect anew if the files have other keys now, or the hub may have another of several; whether so."""
@@ -199,9 +233,12 @@ class Client:
         """Ask for a task and wait for its end. Raises HubError if no end comes in its time."""
         id = self.send(task, wait_s=wait_s, run_s=run_s, frames=frames, payloads=payloads)
         limit_s = wait_s + 4 * run_s + TASK_SLACK_S
-        if (end := self.end(id, limit_s)) is None:
-            raise HubError(f"no answer from the hub at {self.address} for {limit_s:.0f} s")
-        return end
+        deadline, vigil = time.monotonic() + limit_s, _Vigil(self._connection)
+        while (left := deadline - time.monotonic()) > 0:
+            if (end := self.end(id, min(left, LOOK_S), vigil)) is not None:
+                return end
+            vigil.look(self.job)
+        raise HubError(f"no answer from the hub at {self.address} for {limit_s:.0f} s")
 
     def send(
         self,
@@ -226,11 +263,13 @@ class Client:
         self._connection.send(ask)
         return ask.id
 
-    def end(self, id: str, timeout_s: float) -> m.TaskEnd | None:
-        """How the task with this id has ended; None if it has not in ``timeout_s``."""
+    def end(self, id: str, timeout_s: float, vigil: _Vigil | None = None) -> m.TaskEnd | None:
+        """How the task with this id has ended; None if it has not in ``timeout_s``. vigil: told what comes."""
         deadline = time.monotonic() + timeout_s
         while True:
             answer = self._connection.receive(max(0.0, deadline - time.monotonic()))
+            if vigil and answer is not None:
+                vigil.heard()
             if isinstance(answer, m.Refused):
                 raise HubError(f"the hub at {self.address} refused a request: {answer.reason}")
             if isinstance(answer, m.TaskEnd) and answer.id == id:
@@ -259,7 +298,7 @@ class Client:
         self, ask: a.AskStatus | a.Command | m.AskReplicas, wait_s: float, job: str | None = None
     ) -> m.Message:
         deadline = time.monotonic() + self.timeout_s
-        sent = False
+        sent, vigil = False, None
         ask.job = self.job if job is None else job_of(job)
         while True:
             left = deadline - time.monotonic()
@@ -275,17 +314,21 @@ class Client:
             except NotSent:
                 time.sleep(0.1)
             if answer is None:
+                if vigil:
+                    vigil.look(ask.job)
                 if left > 0:
                     continue
                 doubt = ", or keys do not match" if self._keys.client else ""
                 raise HubError(f"no hub answered at {self.address} in time{doubt}")
             if isinstance(answer, m.Refused):
                 raise ProtocolError(f"the hub at {self.address} refused: {answer.reason}")
+            if vigil:
+                vigil.heard()
             if getattr(answer, "id", None) != ask.id:
                 continue  # late, to a request that was given up
             if not isinstance(answer, a.Waiting):
                 return answer
-            deadline = time.monotonic() + wait_s + SLACK_S
+            deadline, vigil = time.monotonic() + wait_s + SLACK_S, _Vigil(self._connection)
             if self._on_wait:
                 self._on_wait(answer.reason)
 

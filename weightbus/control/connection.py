@@ -48,7 +48,8 @@ class Connection:
 
     It has a name that nobody guesses: by it the hub knows it again when the network has cut it. Names that
     ZeroMQ gives by itself are counted up, and whoever connects under one is sent what is for another.
-    attempt: which of several keys the hub is expected to have. watched: ``closed_s`` is asked for.
+    attempt: which of several keys the hub is expected to have. watched: ``closed_s`` is asked for; ``closings``
+    is then how often the hub has closed the connection.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Connection:
         self._secret = ""  # which the hub says first
         self._inbox: deque[wire.FromHub] = deque()  # what one look has brought
         self._closed: float | None = None
+        self.closings = 0
         self.key_refused = False  # by the hub; where this connection is watched, and ``closed_s`` was asked for
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
         self._events = self._socket.get_monitor_socket(events) if watched else None
@@ -198,6 +200,7 @@ class Connection:
             self.key_refused |= event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH
             if self._closed is None:
                 self._closed = time.monotonic()
+                self.closings += 1
         return 0.0 if self._closed is None else time.monotonic() - self._closed
 
     def close(self) -> None:

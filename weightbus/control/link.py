@@ -82,7 +82,9 @@ class Link:
         self._inbox: deque[wire.FromHub] = deque()
         self._hub = ""
         self._heard = time.monotonic()
-        self._unanswered = 0  # beats in a row, over a connection that is open
+        self._unanswered_s = 0.0  # of beats in a row, over a connection that is open
+        self._beaten = self._heard  # when the last beat was sent
+        self._tried_s = 0.0  # which joining again has taken since
         self._ended = 0.0  # when the hub was last found to have closed the connection
         self._lost = ""
         self._start_hub_dead_after_s: float | None = None
@@ -340,7 +342,9 @@ class Link:
                         connection.close()
                         connection = self._watched()
                     self._one_beat(connection, beat_s)
+                    begun = time.monotonic()
                     self._come_back()
+                    self._tried_s = min(time.monotonic() - begun, HELLO_AGAIN_S)
                 except Exception as error:  # without beats the hub would take this rank for dead
                     log.warning("heartbeat: %s: %s", type(error).__name__, error)
                     if connection.closed_s() and connection.key_refused:
@@ -375,6 +379,9 @@ class Link:
         beat = m.Beat(job=self.job, peer=self.peer, state=state, version=version)
         beat.stale, beat.looks = self.rounds.stale, self._looks
         connection.send(beat)
+        # This process may have been stopped itself: of a pause only what beats and joining again take counts.
+        beaten, self._beaten = self._beaten, time.monotonic()
+        since_s = min(self._beaten - beaten, 2 * beat_s + self._tried_s)
         answer = connection.receive(beat_s)
         # Beats that were kept while no hub was there are all answered by the next one. Taken singly, these
         # answers would let it seem alive for as long again.
@@ -382,7 +389,7 @@ class Link:
             answer = later
         now = time.monotonic()
         if isinstance(answer, m.Alive):
-            self._heard, self._unanswered = now, 0
+            self._heard, self._unanswered_s = now, 0.0
             if self._moving and self._fresh is None:
                 self._moving = False
                 fresh = self.connect()
@@ -399,10 +406,10 @@ class Link:
             self._ended = now
             self._lost = self._lost or f"the hub at {self.address} has closed the connection"
         self._is_lost("")
-        # Counted, as this process may have been stopped itself; a hub that is well closes what it can't answer.
-        self._unanswered = 0 if connection.closed_s() else self._unanswered + 1
+        # A hub that is well closes what it can't answer.
+        self._unanswered_s = 0.0 if connection.closed_s() else self._unanswered_s + since_s
         replaces = self._start_hub_dead_after_s is not None and "trainer" in self._hellos
-        if self._unanswered * beat_s > DEAD_AFTER_S and replaces:
+        if self._unanswered_s > DEAD_AFTER_S and replaces:
             end_hub(self.address)
         if now - self._heard > REPLACE_AFTER_S and replaces:
             ensure_hub(self.address, dead_after_s=self._start_hub_dead_after_s, keys=self.keys)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ class HubStore(dist.Store):  # type: ignore[misc, name-defined]
         self._lock = threading.Lock()
         self._connection = link.connect()
         self._closed = False
-        self.values: list[bytes] = []  # all that this rank has set and got: where the members can be reached
+        self.values: dict[str, bytes] = {}  # all that this rank has set and got: where members can be reached
 
     def _call(self, message: m.StoreCall) -> m.StoreValue:
         with self._lock:
@@ -65,17 +65,18 @@ class HubStore(dist.Store):  # type: ignore[misc, name-defined]
 
     def set(self, key: str, value: str | bytes) -> None:
         value = value.encode() if isinstance(value, str) else bytes(value)
-        self.values.append(value)
+        self.values[key] = value
         self._call(m.StoreSet(peer="", call=0, key=self._key(key), value=value))
 
     def get(self, key: str) -> bytes:
         self.wait([key])
         value = self._call(m.StoreGet(peer="", call=0, key=self._key(key))).value or b""
-        self.values.append(value)
+        self.values[key] = value
         return value
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        deadline = time.monotonic() + (timeout or self._limit).total_seconds()
+        # torch's own timeout is meant for connections; that others are late is not for it to end.
+        deadline = time.monotonic() + max(timeout or self._limit, self._limit).total_seconds()
         pause = _FIRST_PAUSE_S
         while not self.check(keys):
             if time.monotonic() > deadline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from weightbus.control import messages as m
@@ -19,7 +19,8 @@ WATCH_S = 0.25
 
 @dataclass(slots=True)
 class Blame:
-    """Of one round. peers: who has failed by itself, with the reason. symptoms: of the others nobody knows why.
+    """Of one round. peers: who has failed by itself, with the reason. symptoms: of the others nobody knows why;
+    since: the first. apart: whom each rank could not reach then.
 
     A rank that says so first has failed by itself, as what others then say may follow from it. A death is
     one in any case, and comes first, whenever it is heard.
@@ -27,6 +28,8 @@ class Blame:
 
     peers: dict[str, str] = field(default_factory=dict)
     symptoms: bool = False
+    since: float = 0.0
+    apart: dict[str, set[str]] = field(default_factory=dict)
     deaths: int = 0
     away_s: float = 0.0  # for which the hub itself has stood still
     _ticked: float = 0.0
@@ -37,6 +40,12 @@ class Blame:
     def open(self) -> bool:
         """Whether something has failed, and nobody has by itself so far."""
         return self.symptoms and not self.peers
+
+    def symptom(self, peer: str, apart: Iterable[int], members: Sequence[str], now: float) -> None:
+        """A transfer has failed under a rank. apart: as of ``Done``."""
+        self.symptoms, self.since = True, self.since or now
+        if ends := {members[place] for place in apart if place < len(members)} - {peer}:
+            self.apart[peer] = ends
 
     def own(self, peers: Iterable[str], reason: str) -> None:
         if not self.peers:
@@ -76,6 +85,14 @@ class Blame:
         for peer in waited_for:
             if self._looks.get(peer.id, (-1, 0.0))[0] != peer.looks:
                 self._looks[peer.id] = peer.looks, now
+
+    def all_look(self, waited_for: Iterable[str], now: float) -> bool:
+        """Whether the main threads of all these are known to look for messages."""
+        return all(id in self._looks and now - self._looks[id][1] <= STILL_S for id in waited_for)
+
+    def all_still(self, waited_for: Iterable[str], now: float) -> bool:
+        """Whether the main threads of all these are known to stand still."""
+        return all(id in self._looks and now - self._looks[id][1] > STILL_S for id in waited_for)
 
     def still(self, waited_for: Iterable[str], now: float) -> dict[str, float]:
         """Of the ranks that are waited for, those whose main thread looks for no message, and for how long:

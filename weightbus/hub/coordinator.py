@@ -31,7 +31,7 @@ from weightbus.hub.recovery import MAX_HELD_VERSION, Rebuilt, last_epoch, last_v
 from weightbus.hub.requests import Requests
 from weightbus.hub.roster import Roster
 from weightbus.hub.round import ANSWERS, MEETING, MOVED, NAMED, Phase, Repeat, Round
-from weightbus.hub.silence import absent, name_silent, unanswered
+from weightbus.hub.silence import absent, name_links, name_silent, unanswered
 from weightbus.hub.steps import End, Next, Sent, Steps
 from weightbus.hub.tasks import Tasks
 from weightbus.hub.waits import Waits
@@ -234,7 +234,7 @@ class Coordinator:
         reason = message.reason if isinstance(message, m.Refuse) else getattr(message, "error", "")
         if reason and not isinstance(message, m.Probed):
             if isinstance(message, m.Done) and message.symptom:
-                round.blame.symptoms = True
+                round.blame.symptom(message.peer, message.apart, list(round.members), now)
             else:
                 round.blame.own([message.peer], reason)
             other = isinstance(message, m.Done) and message.other_version
@@ -446,6 +446,10 @@ class Coordinator:
         if waits and round.phase is Phase.RUN and round.blame.is_due(now):
             silent = round.expected - round.answers.keys()
             round.blame.watch([self.roster.peers[peer] for peer in silent], now)
+            if round.blame.open and round.blame.all_still(silent, now):
+                round.deadline = now  # the others have given up waiting for them
+        if not waits or now >= round.deadline:
+            name_links(round)
         if round.phase is not Phase.ENTER and (waits or round.blame.open) and now < round.deadline:
             return
         missing = self.missing(now)

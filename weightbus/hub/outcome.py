@@ -27,7 +27,9 @@ def outcome_of(
     replicas = {server.replica for server in servers}
     # The next update does without the replicas that are to blame, if there are enough of others.
     does_without = bool(blamed) and len(replicas.difference(blamed)) >= enter.min_replicas
-    again = (put_off and enter.kind == "update") or (not ok and enter.repeats and does_without)
+    # A transfer that has broken in time by nobody's fault may go well the next time.
+    broke = round.blame.open and round.blame.since < round.run_by
+    again = (put_off and enter.kind == "update") or (not ok and enter.repeats and (does_without or broke))
     stages = [done.stages for peer, done in dones.items() if round.members[peer].server]
     return m.Outcome(
         ok=ok,

@@ -89,9 +89,11 @@ class Round:
     blame: Blame = field(default_factory=Blame)
     # Replicas of which a rank's poll is over, and since when.
     hurried: dict[int, float] = field(default_factory=dict)
-    # Until when all ranks are waited for, and those of a replica for each other; also by rounds that repeat it.
+    # Until when all ranks are waited for, and those of a replica for each other, also by rounds that repeat it;
+    # and until when ranks move bytes.
     join_by: float
     meet_by: float = 0.0
+    run_by: float = 0.0
     patience: Patience
     # Of a catch-up: who takes part, and what its server ranks want.
     pairing: Pairing | None = None
@@ -108,4 +110,5 @@ class Round:
         if len(self.failures) < MAX_FAILURES:
             failure = m.Failure(rank=rank, tensor=None, reason=reason, other_version=other_version)
             self.failures.insert(place, failure)
-        self.deadline = min(self.deadline, now + (SYMPTOM_S if self.blame.open else GRACE_S))
+        waits = self.blame.open and not self.blame.apart
+        self.deadline = min(self.deadline, now + (SYMPTOM_S if waits else GRACE_S))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from weightbus.control import messages as m
+from weightbus.hub.links import cut_off
+from weightbus.hub.members import LISTED
 from weightbus.hub.roster import Roster
 from weightbus.hub.round import Phase, Round
 
@@ -23,12 +25,28 @@ def name_silent(round: Round, missing: Missing, now: float) -> None:
     silent = round.expected - round.answers.keys()
     if round.phase is Phase.RUN:
         still = round.blame.still([peer for peer in round.members if peer in silent], now)
+        if round.blame.open and round.blame.all_look(silent, now):
+            return  # they wait for who has said that its transfer has failed
         busy = {peer: f", busy elsewhere for {s:.1f} s" if s else "" for peer, s in still.items()}
         missing = [(str(round.members[p]), f"no answer in phase RUN{text}") for p, text in busy.items()]
         silent = set(still)
     if round.phase is not Phase.ENTER:
         round.blame.own(silent, f"no answer in phase {round.phase.name}")
     named = [m.Failure(rank=rank, tensor=None, reason=f"{reason}; {waited}") for rank, reason in missing]
+    round.failures = named + round.failures
+
+
+def name_links(round: Round) -> None:
+    """Note who is cut off, where ranks could not reach each other and nobody has failed by itself."""
+    if not (round.blame.open and round.blame.apart):
+        return
+    reasons = {}
+    for peer, ends in cut_off(round.members, round.blame.apart).items():
+        others = ", ".join(str(round.members[end]) for end in ends[:LISTED])
+        more = f" and {len(ends) - LISTED} more" if len(ends) > LISTED else ""
+        reasons[peer] = f"no data connection with {others}{more}; expected their hosts to let it through"
+    round.blame.peers = reasons
+    named = [m.Failure(rank=str(round.members[peer]), tensor=None, reason=why) for peer, why in reasons.items()]
     round.failures = named + round.failures
 
 

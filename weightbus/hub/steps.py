@@ -34,6 +34,9 @@ from weightbus.hub.round import Phase, Round
 # Looking into wrong tensors ends after this time, with what has been found out.
 INQUIRY_S = 20.0
 
+# A rank whose transfer has stalled says so, and whom it can't reach, within so long after ``m.REACH_S``.
+SAY_S = 0.4
+
 Answer = TypeVar("Answer", bound=m.Message)
 Sent = list[tuple[Collection[str], m.Message]]
 
@@ -135,7 +138,8 @@ class Steps:
             round.seed = secrets.token_bytes(32)
             self._rebuilt.drawn(round.seed)
             messages = [(round.members, m.Go(seed=round.seed))]
-        deadline = now + round.enter.transfer_s
+        round.run_by = now + round.enter.transfer_s
+        deadline = round.run_by + m.REACH_S + SAY_S
         return Next(phase=Phase.RUN, expected=round.members, deadline=deadline, messages=messages)
 
     def refuse_held(self, round: Round, now: float) -> End:

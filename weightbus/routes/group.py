@@ -17,6 +17,7 @@ from weightbus.control.store import HubStore
 from weightbus.errors import UpdateError, WeightbusError
 from weightbus.hub.in_process import Loopback
 from weightbus.routes import torch_group
+from weightbus.routes.reach import unreached
 
 # How long a wait goes without looking at what the hub says.
 _SLICE = timedelta(milliseconds=50)
@@ -30,7 +31,12 @@ _OWN = (WeightbusError, torch.OutOfMemoryError)
 
 
 class GroupError(UpdateError):
-    """A transfer has failed or stalled under this rank; that may be any other rank's doing."""
+    """A transfer has failed or stalled under this rank; that may be any other rank's doing.
+
+    apart: group ranks that this one could not reach then.
+    """
+
+    apart: Sequence[int] = ()
 
 
 class Group:
@@ -70,9 +76,13 @@ class Group:
             self._backend = _in_a_thread(make, check)
         except BaseException as error:
             store.close()
-            torch_group.cut(store.values)
+            torch_group.cut(list(store.values.values()))
             if isinstance(error, RuntimeError) and not isinstance(error, _OWN):
-                raise GroupError(f"no group could be made: {str(error).splitlines()[0]}") from error
+                failed = GroupError(f"no group could be made: {str(error).splitlines()[0]}")
+                failed.apart = self._apart()
+                raise failed from error
+            if isinstance(error, GroupError):
+                error.apart = self._apart()
             raise
 
     def broadcast(self, buffers: Sequence[tuple[torch.Tensor, int]]) -> list[Any]:
@@ -101,8 +111,15 @@ class Group:
         """Until ``work`` is done.
 
         check: called while waiting; raises once the update has ended.
-        Raises GroupError if the transfer failed.
+        Raises GroupError if the transfer failed or stalled.
         """
+        try:
+            self._wait(work, check)
+        except GroupError as error:
+            error.apart = self._apart()
+            raise
+
+    def _wait(self, work: Any, check: Callable[[], None]) -> None:
         while not work.is_completed():
             with contextlib.suppress(RuntimeError):  # the slice is over, or what the wait below raises again
                 work.wait(_SLICE)
@@ -112,6 +129,15 @@ class Group:
         except RuntimeError as error:
             raise GroupError(f"transfer failed: {str(error).splitlines()[0]}") from error
 
+    def _apart(self) -> list[int]:
+        """Ranks that this one can't reach. Where NCCL's are is not known: they count as reached."""
+        if self.device.type != "cpu":
+            return []
+        told = {key.rpartition("/")[2]: value for key, value in list(self._store.values.items())}
+        found = {int(key): torch_group.told_address(value) for key, value in told.items() if key.isdigit()}
+        others = {rank: to for rank, to in found.items() if to and rank != self.rank and rank < self.size}
+        return unreached(others)
+
     def close(self, *, abort: bool = False) -> None:
         """Leave the group. ``abort``: other ranks may be gone, so wait for nobody."""
         backend, self._backend = self._backend, None
@@ -120,7 +146,7 @@ class Group:
         if abort and self.device.type == "cpu":
             held = [backend]
             del backend
-            _abandon(held, self._store.values)
+            _abandon(held, list(self._store.values.values()))
         elif abort or self.device.type == "cuda":
             backend.abort()
         else:

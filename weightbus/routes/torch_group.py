@@ -1,7 +1,8 @@
 """Backends of torch.distributed used directly, so that no default group is made or touched.
 
 torch's private names here: ``ProcessGroupGloo._Options`` and its fields, ``_start_coalescing`` and
-``_end_coalescing``; and that gloo's ranks tell each other their addresses as the bytes of ``sockaddr``.
+``_end_coalescing``; that gloo's ranks tell each other their addresses as the bytes of ``sockaddr``, under keys
+that end with the rank; and what lies before these bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from weightbus.control.keys import host_and_port
 
 # gloo's ranks, once each knows where the others are, have connected after so long, or never will.
-CONNECT_S = 30.0
+CONNECT_S = 10.0
 
 
 def local_address(hub_address: str) -> str:
@@ -50,6 +51,20 @@ def gloo_backend(store: Any, rank: int, size: int, timeout_s: float, hub_address
     # Transfers run in order anyway; a second thread only takes turns with the first.
     options._threads = 1
     return ProcessGroupGloo(store, rank, size, options)
+
+
+def told_address(value: bytes) -> tuple[str, int] | None:
+    """Where a rank of gloo's listens, by what it has told the others; None for what can't be read.
+
+    value: the host's name and the ``sockaddr``, each behind its length in 8 bytes.
+    """
+    with contextlib.suppress(struct.error, ValueError, OverflowError):
+        at = 16 + int(struct.unpack_from("=Q", value)[0])
+        (family,), (port,) = struct.unpack_from("=H", value, at), struct.unpack_from(">H", value, at + 2)
+        found = {socket.AF_INET: value[at + 4 : at + 8], socket.AF_INET6: value[at + 8 : at + 24]}
+        if family in found and port:
+            return str(ipaddress.ip_address(found[family])), port
+    return None
 
 
 def cut(addresses: Iterable[bytes]) -> int:

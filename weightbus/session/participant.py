@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 from weightbus.control import messages as m
@@ -97,7 +98,7 @@ class Participant:
         self._stages.lap("ready")
         context, offer, planned = self.context, self._offer, self._planned
         self.seed, self._committed_group = go.seed, go.group
-        error, symptom = "", False
+        error, symptom, apart = "", False, list[int]()
         try:
             assert planned is not None, "ready was answered with this plan"  # noqa: S101 - for mypy
             context.plans.recent = planned
@@ -109,9 +110,11 @@ class Participant:
             self._verification.evidence = [evidence]
         except Ended:
             raise
+        except GroupError as caught:
+            error, symptom, apart = explain(caught), True, list(caught.apart)
         except Exception as caught:
-            error, symptom = explain(caught), isinstance(caught, GroupError)
-        self._done(error, symptom=symptom)
+            error = explain(caught)
+        self._done(error, symptom=symptom, apart=apart)
 
     def _check(self, offer: m.Offer) -> None:
         error, other_version = "", False
@@ -128,13 +131,16 @@ class Participant:
         torn = destination is not None and destination.state == "torn"
         self._done("expected weights of one version, this rank is torn" if torn else "")
 
-    def _done(self, error: str = "", *, symptom: bool = False, other_version: bool = False) -> None:
+    def _done(
+        self, error: str = "", *, symptom: bool = False, apart: Sequence[int] = (), other_version: bool = False
+    ) -> None:
         check = self._offer.kind == "check"
         if not error and (self._offer.verify or check):
             done = self._verification.done(check=check)
         else:
             done = m.Done(peer=self.context.link.peer, wrong=list(self._verification.wrong))
         done.error, done.symptom, done.other_version = error, symptom, other_version
+        done.apart = list(apart)
         done.nbytes = self.progress.nbytes
         done.starts, done.stages = self._stages.starts, self._stages.seconds | self._stages.overlapping
         self.context.link.send(done)

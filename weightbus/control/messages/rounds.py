@@ -27,6 +27,9 @@ from weightbus.control.messages.partial import Partial
 # A rank whose poll is over waits at least so long for others of its replica: they hear an offer a moment later.
 MEET_S = 0.2
 
+# Where a transfer has failed or stalled, a rank tries for so long to reach the others.
+REACH_S = 0.8
+
 Kind = Literal["update", "check", "label", "catch_up"]
 MOVES: tuple[Kind, ...] = ("update", "catch_up")  # bytes
 FactsOf = Literal["sources", "wants", "prepare", "write"]
@@ -210,8 +213,9 @@ class Done(Message, tag="done"):
     rank, and of work in it. Of a check also: hidden, sums of this rank's parameters of which no wire tensor's
     digest tells all, to be compared between replicas; exempt, names that are declared not to be fed in full,
     and as what. version, verdict: of a load, what the rank holds now, and how far that is proved. symptom:
-    the error is that a transfer has failed or stalled under this rank, by whoever's fault. other_version: of a
-    check: it is that this rank holds other weights than those of the version that is checked.
+    the error is that a transfer has failed or stalled under this rank, by whoever's fault. apart: the group
+    ranks that this one can't reach then. other_version: of a check: the error is that this rank holds other
+    weights than those of the version that is checked.
     """
 
     peer: Token
@@ -225,6 +229,7 @@ class Done(Message, tag="done"):
     exempt: dict[Name, Reason] = {}
     error: Reason = ""
     symptom: bool = False
+    apart: list[Rank] = []
     other_version: bool = False
     starts: Laps = {}
     stages: Laps = {}
