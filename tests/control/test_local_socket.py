@@ -147,6 +147,16 @@ def test_what_may_wait_is_bounded_in_bytes(rank_of, hub):
     assert [hub.send(b"a", [bytes(3 << 20)]) for _ in range(2)] == [True, False]
 
 
+def test_what_can_not_be_said_to_one_that_has_gone_is_told(hub, rank_of):
+    """Before a look has found that out: the same process may have said by ZeroMQ what this answers."""
+    end = rank_of(b"a")
+    end.send([b"last"])
+    end.close()
+    assert hub.send(b"a", [b"answer"]) is None
+    assert take(hub, 1) == [(b"a", [b"last"])]
+    assert not is_left(hub, b"a")
+
+
 def test_who_reads_no_more_keeps_nobody_busy(hub, rank_of):
     end = rank_of(b"a")
     hub.send(b"a", [bytes(4 << 20)])

@@ -198,6 +198,22 @@ def test_a_new_hub_connects_again(address):
         link.close()
 
 
+def test_a_rank_that_was_dropped_joins_again_at_once(hub, address):
+    """By ZeroMQ: what it would say by the former socket might be lost when the hub closes that."""
+    with joined(address) as link:
+        former = local_of(link)
+        (job,) = hub.jobs
+        hub._contained(hub.members.drop, job, job.coordinator.roster.peers[link.peer], "a test's doing", 0.0)
+        with pytest.raises(HubLost):
+            link.receive(5)
+        begun = time.monotonic()
+        assert link.rejoin(10)
+        assert time.monotonic() - begun < 2.5
+        assert local_of(link) is not former
+        hub.coordinator.outbox.append((link.peer, long_offer(3)))
+        assert isinstance(link.receive(5), m.TaskOffer)
+
+
 def test_a_key_that_is_retired_is_good_for_nothing_here_either(tmp_path, address, monkeypatch):
     key_files.generate(tmp_path / "keys")
     keys = load_keys(tmp_path / "keys")

@@ -110,7 +110,7 @@ class Connection:
                         self._local.send(frames)
                         continue
                     except OSError:
-                        self._end_local()
+                        self.end_local()
                 if number:
                     self._socket.poll(round(PIECE_S * 1000), zmq.POLLOUT)
                 self._socket.send_multipart(frames, zmq.NOBLOCK)
@@ -143,7 +143,7 @@ class Connection:
                 self._local.flush()
                 self._inbox += map(wire.decode_from_hub, self._local.receive())
             except OSError:
-                self._end_local()
+                self.end_local()
         if self._inbox:
             return self._inbox.popleft()
         if self._local is not None or not self._socket.poll(0):
@@ -184,8 +184,8 @@ class Connection:
         else:
             found.close()
 
-    def _end_local(self) -> None:
-        """The hub has gone, or goes by ZeroMQ again."""
+    def end_local(self) -> None:
+        """Go by ZeroMQ again: the hub has gone, or this rank is no member any more."""
         local, self._local = self._local, None
         if local is not None:
             local.close()
@@ -208,5 +208,5 @@ class Connection:
             self._socket.disable_monitor()
             self._events.close(linger=0)
         self._expect_no_more()
-        self._end_local()
+        self.end_local()
         self._socket.close()

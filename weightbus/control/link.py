@@ -179,6 +179,7 @@ class Link:
                 return False
             time.sleep(0.02)
         self._inbox.clear()
+        self._connection.end_local()
         for hello in self._hellos.values():
             hello.held = self._held()
             if self._take_by_any_key(hello, max(deadline, time.monotonic() + 1.0), None) is None:

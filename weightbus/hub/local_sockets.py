@@ -6,7 +6,6 @@ there: who it is of, what its key allows, where answers go.
 
 from __future__ import annotations
 
-import contextlib
 import select
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,16 +89,19 @@ class LocalSockets:
                     break  # closed for what was said before
                 yield member.identity, member.user, frames
 
-    def send(self, identity: bytes, frames: Sequence[Any]) -> bool:
-        """False if the member has too much unread. That it is gone, its other connections tell."""
+    def send(self, identity: bytes, frames: Sequence[Any]) -> bool | None:
+        """False if the member has too much unread; None if the other end has gone. What that has said before is
+        still to be received."""
         member = self._by_identity[identity]
         local = member.socket
         if local.unsent >= self._max_unsent or local.unsent_bytes > self._max_unsent_bytes:
             return False
-        with contextlib.suppress(OSError):
+        try:
             local.send(frames)
-            if local.unsent:
-                self._watch(member, select.EPOLLIN | select.EPOLLOUT)
+        except OSError:
+            return None
+        if local.unsent:
+            self._watch(member, select.EPOLLIN | select.EPOLLOUT)
         return True
 
     def _watch(self, member: _Member, events: int) -> None:

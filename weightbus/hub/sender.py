@@ -54,9 +54,8 @@ class Sender:
 
     def send(self, identity: bytes, frames: list[Any], *, member: bool = False) -> bool:
         """False if the connection has too much unread. One that is gone is left to TCP."""
-        if identity in self._local:
-            if not (has_room := self._local.send(identity, frames)):
-                self._counts["unread"] += 1
+        if identity in self._local and (has_room := self._local.send(identity, frames)) is not None:
+            self._counts["unread"] += not has_room
             return has_room
         nbytes = sum(len(frame) for frame in frames)
         if not self._guard.has_room(identity, nbytes, member=member):
