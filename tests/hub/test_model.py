@@ -111,8 +111,7 @@ class Hubs(RuleBasedStateMachine):
         return True
 
     def take(self, identity, message):
-        self.hub._take(identity, [wire.HEADER, wire.encode(message)[1]], self.now)
-        self.hub._flush(self.now)
+        self.hub._take(identity, "", [wire.HEADER, wire.encode(message)[1]], self.now)
         # Who has left in one of two roles may have been asked in that one.
         gone = identity if isinstance(message, m.Leave) else None
         self.stayed = {one for one in self.stayed if one[0] != gone and self.hub.jobs.of(self.tokens[one[0]])}
