@@ -31,7 +31,7 @@ from weightbus.tensors.moves import compile_moves
 DIGESTS = 16
 
 # Where ``auto`` takes reshard for broadcast: over gloo. Over NCCL it has to be asked for: between hosts nobody has
-# measured it, and on one the peer route is faster.
+# measured it, and on one host the peer route is faster.
 AUTO_RESHARD = frozenset({"cpu"})
 
 # If the busiest rank then carries at most this share of what a broadcast brings to each.
