@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from weightbus.control import local_socket
-from weightbus.control.connection import MAX_BYTES
+from weightbus.control.connection import MAX_BYTES, MAX_FRAMES
 from weightbus.control.local_socket import LocalListener, LocalSocket, connect
 from weightbus.control.messages import MAX_MESSAGE_BYTES
+from weightbus.control.messages.tasks import MAX_PAYLOAD_BYTES, MAX_PAYLOADS
 from weightbus.errors import ProtocolError
 from weightbus.hub.local_sockets import LocalSockets
 
+MOST = 200
 LIMITS = {"max_frames": 4, "max_bytes": 4 << 20}
 
 
@@ -57,7 +59,7 @@ def take(hub: LocalSockets, count: int, timeout_s: float = 5.0) -> list[tuple[by
     while len(found) < count:
         assert time.monotonic() < deadline, found
         if hub.is_ready():
-            found += [(identity, frames) for identity, _, frames in hub.receive()]
+            found += [(identity, frames) for identity, _, frames in hub.receive(MOST)]
     return found
 
 
@@ -66,7 +68,7 @@ def is_left(hub: LocalSockets, identity: bytes) -> bool:
     deadline = time.monotonic() + 0.5
     while time.monotonic() < deadline:
         hub.is_ready()
-        list(hub.receive())
+        list(hub.receive(MOST))
     return identity in hub
 
 
@@ -79,14 +81,14 @@ def test_messages_of_any_length_come_whole_and_in_order(hub, rank_of):
     while len(found) < len(sent):  # what is too long for the kernel is sent as it is read
         end.flush()
         if hub.is_ready():
-            found += hub.receive()
+            found += hub.receive(MOST)
     assert found == [(b"a", "user", frames) for frames in sent]
     assert (end.unsent, end.unsent_bytes) == (0, 0)
     assert hub.send(b"a", sent[2])
     answers = []
     while not answers:
         hub.is_ready()
-        list(hub.receive())  # flushes
+        list(hub.receive(MOST))  # flushes
         answers = end.receive()
     assert answers == [sent[2]]
 
@@ -100,6 +102,22 @@ def test_ranks_are_told_apart(hub, rank_of):
         hub.send(name, [name * 2])
         assert end.wait(5)
         assert end.receive() == [[name * 2]]
+
+
+def test_who_sends_much_does_not_keep_others_waiting(hub, rank_of):
+    flooding, quiet = rank_of(b"a"), rank_of(b"b")
+    for number in range(100):
+        flooding.send([b"%d" % number])
+    quiet.send([b"x"])
+    assert hub.is_ready()
+    first = [(identity, frames) for identity, _, frames in hub.receive(10)]
+    assert len(first) == 10
+    assert (b"b", [b"x"]) in first[:2]
+    assert hub.is_ready()  # also of what has been read, and waits for its turn
+    rest = take(hub, 91)
+    assert [frames for identity, frames in first + rest if identity == b"a"] == [
+        [b"%d" % number] for number in range(100)
+    ]
 
 
 def test_what_was_said_before_the_end_is_heard(hub, rank_of):
@@ -136,7 +154,7 @@ def test_who_does_not_read_is_told_apart(hub, rank_of):
     found = []
     while len(found) < 2:  # two read, and there is room for two: what counts is what is still unread
         hub.is_ready()
-        list(hub.receive())
+        list(hub.receive(MOST))
         found += end.receive()
     assert [hub.send(b"a", [b"y" * (1 << 20)]) for _ in range(3)] == [True, True, False]
 
@@ -162,7 +180,7 @@ def test_who_reads_no_more_keeps_nobody_busy(hub, rank_of):
     hub.send(b"a", [bytes(4 << 20)])
     end._socket.shutdown(socket.SHUT_RD)
     hub.is_ready()
-    assert list(hub.receive()) == []
+    assert list(hub.receive(MOST)) == []
     assert select.select([hub], [], [], 0)[0] == []
     end.send([b"y"])
     assert take(hub, 1) == [(b"a", [b"y"])]
@@ -175,7 +193,7 @@ def test_nothing_is_heard_behind_what_a_connection_was_closed_for(hub, rank_of):
     while not heard:
         assert time.monotonic() < deadline
         if hub.is_ready():
-            for identity, _, frames in hub.receive():
+            for identity, _, frames in hub.receive(MOST):
                 heard.append(frames)
                 hub.close_of(identity)
     assert heard == [[b"x"]]
@@ -207,7 +225,7 @@ def test_a_look_at_a_part_does_not_cost_its_number_of_frames(hub, rank_of):
     begun, found = time.process_time(), []
     while not found:
         hub.is_ready()
-        list(hub.receive())
+        list(hub.receive(MOST))
         found = end.receive()
     assert found == [frames]
     assert time.process_time() - begun < 5
@@ -250,7 +268,7 @@ def test_without_such_sockets_there_is_none(monkeypatch):
     monkeypatch.delattr(select, "epoll")
     hub = LocalSockets(**LIMITS, max_unsent=3, max_unsent_bytes=1)
     hub.open(b"a", "weightbus-", "")
-    assert (hub.fileno(), hub.is_ready(), list(hub.receive()), len(hub)) == (-1, False, [], 0)
+    assert (hub.fileno(), hub.is_ready(), list(hub.receive(MOST)), len(hub)) == (-1, False, [], 0)
     hub.close()
 
 
@@ -286,5 +304,7 @@ def test_a_forked_process_does_not_hold_the_connection(hub):
 
 
 def test_a_length_has_room_for_the_longest_message():
-    assert MAX_MESSAGE_BYTES < MAX_BYTES < 1 << 32
+    """Each has 4 bytes. The longest carries the most payloads that a request may have, and says which."""
+    assert MAX_PAYLOAD_BYTES + MAX_MESSAGE_BYTES <= MAX_BYTES < 1 << 32
+    assert MAX_FRAMES > MAX_PAYLOADS + 1
     assert local_socket._NUMBER.size == 4

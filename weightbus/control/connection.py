@@ -14,11 +14,12 @@ from weightbus.control import messages as m
 from weightbus.control import wire
 from weightbus.control.keys import Keys
 from weightbus.control.local_socket import LocalListener, LocalSocket
+from weightbus.control.messages.tasks import MAX_PAYLOAD_BYTES, MAX_PAYLOADS
 from weightbus.errors import HubError, ProtocolError
 
-# Of a message from the hub by a Unix socket: an offer of a load may have many payloads.
-MAX_FRAMES = 1 << 20
-MAX_BYTES = 1 << 30
+# Of a message from the hub by a Unix socket: an offer of a load, with all payloads that a request may have.
+MAX_FRAMES = MAX_PAYLOADS + 2
+MAX_BYTES = MAX_PAYLOAD_BYTES + m.MAX_MESSAGE_BYTES
 
 # Who has connected where the hub is expected has so long to say what only the hub knows.
 STRANGER_S = 0.2
@@ -66,7 +67,7 @@ class Connection:
         self._local: LocalSocket | None = None
         self._listener: LocalListener | None = None  # until the hub has connected, or has answered without
         self._secret = ""  # which the hub says first
-        self._inbox: deque[wire.FromHub] = deque()  # what one look has brought
+        self._inbox: deque[list[bytes]] = deque()  # frames of the messages that one look has brought
         self._closed: float | None = None
         self.closings = 0
         self.key_refused = False  # by the hub; where this connection is watched, and ``closed_s`` was asked for
@@ -141,11 +142,11 @@ class Connection:
         if self._local is not None and not self._inbox:
             try:
                 self._local.flush()
-                self._inbox += map(wire.decode_from_hub, self._local.receive())
+                self._inbox += self._local.receive()
             except OSError:
                 self.end_local()
         if self._inbox:
-            return self._inbox.popleft()
+            return wire.decode_from_hub(self._inbox.popleft())
         if self._local is not None or not self._socket.poll(0):
             return None
         message = wire.decode_from_hub(self._socket.recv_multipart())
@@ -174,12 +175,12 @@ class Connection:
         try:
             while not (messages := found.receive()) and time.monotonic() < until:
                 found.wait(until - time.monotonic())
-            said = [wire.decode_from_hub(frames) for frames in messages]
+            first = wire.decode_from_hub(messages[0]) if messages else None
         except (OSError, ProtocolError):
-            said = []
-        if said and isinstance(said[0], m.Alive) and said[0].peer == self._secret:
+            first = None
+        if isinstance(first, m.Alive) and first.peer == self._secret:
             self._local = found
-            self._inbox += said
+            self._inbox += messages
             self._expect_no_more()
         else:
             found.close()

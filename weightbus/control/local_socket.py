@@ -162,13 +162,15 @@ class LocalListener:
 
     def __init__(self) -> None:
         self.name = f"weightbus-{secrets.token_hex(16)}"
-        try:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._socket.setblocking(False)
-            self._socket.bind(f"\0{self.name}")
-            self._socket.listen(_WAITING)
-        except (AttributeError, OSError):  # no such sockets, or no descriptor for one
-            self.name = ""
+        with contextlib.ExitStack() as stack:
+            try:
+                self._socket = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                self._socket.setblocking(False)
+                self._socket.bind(f"\0{self.name}")
+                self._socket.listen(_WAITING)
+                stack.pop_all()
+            except (AttributeError, OSError):  # no such sockets, or no descriptor for one
+                self.name = ""
 
     def fileno(self) -> int:
         """Readable once somebody has connected. Only of one that has a name."""

@@ -7,6 +7,7 @@ there: who it is of, what its key allows, where answers go.
 from __future__ import annotations
 
 import select
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ class LocalSockets:
         self._by_number: dict[int, _Member] = {}
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
         self._events: list[tuple[int, int]] = []
+        self._unread: dict[bytes, deque[list[bytes]]] = {}  # what a look has brought; first whose turn it is
 
     def __contains__(self, identity: bytes) -> bool:
         return identity in self._by_identity
@@ -64,19 +66,35 @@ class LocalSockets:
         """Whether ``receive`` has something to do."""
         if self._by_number and self._epoll:
             self._events = self._epoll.poll(0)
-        return bool(self._events)
+        return bool(self._events or self._unread)
 
-    def receive(self) -> Iterator[tuple[bytes, str, list[bytes]]]:
-        """What one look at each brings: the connection's identity, its key, a message's frames."""
+    def receive(self, most: int) -> Iterator[tuple[bytes, str, list[bytes]]]:
+        """Messages that have come: the connection's identity, its key, the frames. One of each connection in
+        turn, so that who sends much does not keep the others waiting, and ``most`` of all of them."""
+        self._read()
+        for _ in range(min(most, sum(map(len, self._unread.values())))):
+            if not self._unread:
+                return  # closed for what was said before
+            identity = next(iter(self._unread))
+            messages = self._unread.pop(identity)
+            frames = messages.popleft()
+            if messages:
+                self._unread[identity] = messages
+            yield identity, self._by_identity[identity].user, frames
+
+    def _read(self) -> None:
+        """One look at each that has something to read, or room for what is unsent."""
         events, self._events = self._events, []
         for number, event in events:
-            if (member := self._by_number.get(number)) is None:
-                continue  # closed while what others said was handled
-            try:
-                messages = member.socket.receive() if event & ~select.EPOLLOUT else []
-            except (OSError, ProtocolError):
-                self.close_of(member.identity)  # if it is not the process that has gone, it goes on by ZeroMQ
-                continue
+            member = self._by_number[number]
+            if event & ~select.EPOLLOUT and member.identity not in self._unread:
+                try:
+                    messages = member.socket.receive()
+                except (OSError, ProtocolError):
+                    self.close_of(member.identity)  # unless its process has gone, it goes on by ZeroMQ
+                    continue
+                if messages:
+                    self._unread[member.identity] = deque(messages)
             if event & select.EPOLLOUT:
                 try:
                     done = member.socket.flush()
@@ -84,10 +102,6 @@ class LocalSockets:
                     done = True  # nobody reads it, but what the other end has said before may still be here
                 if done:
                     self._watch(member, select.EPOLLIN)
-            for frames in messages:
-                if self._by_number.get(number) is not member:
-                    break  # closed for what was said before
-                yield member.identity, member.user, frames
 
     def send(self, identity: bytes, frames: Sequence[Any]) -> bool | None:
         """False if the member has too much unread; None if the other end has gone. What that has said before is
@@ -116,6 +130,7 @@ class LocalSockets:
     def close_of(self, identity: bytes) -> None:
         if (member := self._by_identity.pop(identity, None)) is None:
             return
+        self._unread.pop(identity, None)
         number = member.socket.fileno()
         del self._by_number[number]
         if self._epoll:

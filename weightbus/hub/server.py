@@ -166,7 +166,7 @@ class Hub:
             if time.monotonic() >= until:
                 poller.poll(50)
                 break
-        for identity, user, frames in self._local.receive():
+        for identity, user, frames in self._local.receive(MAX_AT_ONCE):
             self.counts["messages"] += 1
             self._contained(self._take, identity, user, frames, time.monotonic())
         if self._auth:

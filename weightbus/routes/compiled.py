@@ -30,8 +30,8 @@ from weightbus.tensors.moves import compile_moves
 # In how many pieces what lies in place is digested, while other waves are under way.
 DIGESTS = 16
 
-# Where ``auto`` takes reshard for broadcast: over gloo. Over NCCL it has to be asked for: between hosts nobody has
-# measured it, and on one host the peer route is faster.
+# Where ``auto`` takes reshard for broadcast: over gloo. Over NCCL it has to be asked for: it was never measured
+# between hosts, and on one host the peer route is faster.
 AUTO_RESHARD = frozenset({"cpu"})
 
 # If the busiest rank then carries at most this share of what a broadcast brings to each.
